@@ -1,0 +1,65 @@
+"""The commands and their order. Each lives in its own module, imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..version import __version__
+from . import generate, inspect
+
+EXIT_HELP = """
+Exit codes: 0 done, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5 no safety classifier,
+6 cannot write, 130 stopped.
+"""
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose commands may be left out: ``flux2-local "a lighthouse"`` generates."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for p in self.get_params(ctx) for name in (*p.opts, *p.secondary_opts)}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["generate", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="FLUX.2 image generation on this machine.\n\n"
+    'flux2-local "a lighthouse at dusk" generates; the other commands plan, list, download and inspect.',
+    epilog=EXIT_HELP,
+)
+
+
+def show_version(value: bool) -> None:
+    if value:
+        print(f"flux2-local {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("generate", help="Turn a prompt into pictures (the default command).")(generate.generate)
+app.command("edit", help="Change or combine pictures: like generate, with at least one --image.")(generate.edit)
+app.command("plan", help="Say how a request would run on this machine or on a known card, and why.")(inspect.plan)
+app.command("models", help="List the models, what is on this disk and what fits.")(inspect.models)
+app.command("download", help="Fetch a model, its variants' LoRAs and the safety check; goes on where it stopped.")(
+    inspect.download
+)
+app.command("doctor", help="Show the hardware, versions, and each backend with why it can or cannot be used.")(
+    inspect.doctor
+)
+app.command("show", help="Print the settings inside a picture that flux2-local made.")(inspect.show)

@@ -1,0 +1,237 @@
+"""``flux2-local generate`` and ``edit``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RequestError
+from . import options
+
+if TYPE_CHECKING:
+    from ..pipeline import Flux2
+    from ..result import Result
+
+DEFAULT_FOLDER = Path("outputs")
+
+Prompt = Annotated[str | None, typer.Argument(help="What to draw. - reads it from standard input.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="File (.png, .jpg, .webp) or folder to write to (default outputs/).", show_default=False
+    ),
+]
+Images = Annotated[
+    list[str] | None, typer.Option("--image", "-i", help="Reference picture: path or URL; may be repeated.")
+]
+Number = Annotated[int | None, typer.Option("--num-images", "-n", help="1 to 4 (default 1).")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the first picture (default random).")]
+Guidance = Annotated[float | None, typer.Option("--guidance", "-g", help="guidance_scale, 0 to 20 (default 2.5).")]
+Expand = Annotated[
+    bool | None, typer.Option("--expand", help="Let the model's language model rewrite the prompt first.")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", "-f", help="png, jpeg or webp (default png, or the output's ending).")
+]
+Safety = Annotated[
+    bool | None,
+    typer.Option("--safety-checker/--no-safety-checker", help="Check pictures and blacken flagged ones (default on)."),
+]
+From = Annotated[Path | None, typer.Option("--from", help="Repeat the picture in this file; other options change it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths.")]
+
+
+def generate(
+    prompt: Prompt = None,
+    output: Output = None,
+    model: options.Model = None,
+    variant: options.VariantOption = None,
+    acceleration: options.AccelerationOption = None,
+    size: options.Size = None,
+    number: Number = None,
+    seed: Seed = None,
+    steps: options.Steps = None,
+    guidance: Guidance = None,
+    image: Images = None,
+    expand: Expand = None,
+    form: Format = None,
+    safety_checker: Safety = None,
+    lora: options.LoraOption = None,
+    vram: options.Vram = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    base: options.Base = None,
+    repeat: From = None,
+    as_json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    given = {
+        "prompt": prompt,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "image_size": options.parse_size(size),
+        "num_images": number,
+        "enable_prompt_expansion": expand,
+        "enable_safety_checker": safety_checker,
+        "output_format": form,
+        "images": tuple(image) if image else None,
+    }
+    loading = {
+        "model": model,
+        "variant": variant,
+        "acceleration": acceleration,
+        "lora": options.parse_loras(lora) or None,
+        "vram": vram,
+        "device": device,
+        "dtype": dtype,
+        "base": base,
+    }
+    if repeat is not None:
+        fields, loading = from_picture(repeat, given, loading)
+    else:
+        fields = {k: v for k, v in given.items() if v is not None}
+    run(fields, {k: v for k, v in loading.items() if v is not None}, output, as_json, quiet)
+
+
+def edit(
+    prompt: Prompt,
+    image: Annotated[list[str], typer.Option("--image", "-i", help="Picture to change; more may follow.")],
+    output: Output = None,
+    model: options.Model = None,
+    variant: options.VariantOption = None,
+    acceleration: options.AccelerationOption = None,
+    size: options.Size = None,
+    number: Number = None,
+    seed: Seed = None,
+    steps: options.Steps = None,
+    guidance: Guidance = None,
+    vram: options.Vram = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    generate(
+        prompt,
+        output,
+        model,
+        variant,
+        acceleration,
+        size,
+        number,
+        seed,
+        steps,
+        guidance,
+        image,
+        vram=vram,
+        device=device,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and loading arguments that repeat the picture at ``path``; what is given besides wins."""
+    from ..images import read_settings
+    from ..request import STANDARD_ONLY, Request
+
+    kept = read_settings(path)
+    if (
+        any(not Path(str(s)).exists() and not str(s).startswith("http") for s in kept.get("images", ()))
+        and not given["images"]
+    ):
+        raise RequestError(
+            f"{path} was made with reference pictures that are not here any more; name them with --image."
+        )
+    fields = {k: v for k, v in kept.items() if k in Request.model_fields and k != "acceleration"}
+    standard = (loading["variant"] or kept.get("variant")) == "standard"
+    if standard and "steps" in kept:
+        fields["num_inference_steps"] = kept["steps"]
+    if not standard:
+        fields = {k: v for k, v in fields.items() if k not in STANDARD_ONLY}
+    fields |= {k: v for k, v in given.items() if v is not None}
+    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype")}
+    same["lora"] = [(name, strength) for name, strength in kept.get("lora", [])] or None
+    return fields, {**same, **{k: v for k, v in loading.items() if v is not None}}
+
+
+def run(fields: dict[str, Any], loading: dict[str, Any], output: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check, load, generate, write, report."""
+    from ..images import format_of
+    from ..request import make_request
+
+    loading.setdefault("variant", "standard")
+    if loading["variant"] != "standard" and "acceleration" in loading:
+        make_request(loading["variant"], {**fields, "acceleration": loading["acceleration"]})
+    if output is not None and output.suffix and not output.is_dir():
+        fields.setdefault("output_format", format_of(output, "png"))
+    if loading["variant"] in ("standard", "turbo", "flash"):
+        request = make_request(loading["variant"], fields)
+        check_target(output, request.num_images, request.size)
+
+    from ..pipeline import Flux2
+    from .progress import Display
+
+    with Display(show=not (as_json or quiet)) as display:
+        display.say_loading(loading.get("model"))
+        flux = Flux2.load(**loading)
+        display.say_model(flux)
+        result = flux.generate(progress=display, **fields)
+    paths = write(result, output)
+    report(flux, result, paths, as_json, quiet)
+
+
+def check_target(output: Path | None, count: int, size: tuple[int, int]) -> None:
+    """Refuse now what could not be written later."""
+    from ..files import check_folder
+
+    target = output or DEFAULT_FOLDER
+    folder = target.parent if target.suffix and not target.is_dir() else target
+    check_folder(folder, count * size[0] * size[1] * 3 + 2**20)
+
+
+def write(result: Result, output: Path | None) -> list[Path]:
+    """Write every picture; with a file's name and several pictures, the second is name-2, and so on."""
+    if output is None or not output.suffix or output.is_dir():
+        kept = result.kept(output or DEFAULT_FOLDER)
+        return [image.path for image in kept.images if image.path is not None]
+    names = [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(result.images))]
+    return [image.save(name) for image, name in zip(result.images, names, strict=True)]
+
+
+def report(flux: Flux2, result: Result, paths: list[Path], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        answer = result.to_dict()
+        for image, path in zip(answer["images"], paths, strict=True):
+            image["url"], image["file_name"] = path.resolve().as_uri(), path.name
+        print(
+            json.dumps(
+                {**answer, "model": flux.checkpoint.name, "variant": flux.settings.variant, "notes": result.notes}
+            )
+        )
+        return
+    for number, path in enumerate(paths):
+        flagged = "  (flagged by the safety check, blackened)" if result.has_nsfw_concepts[number] else ""
+        print(f"{path}" if quiet else f"{path}  seed {result.seed + number}{flagged}")
+    if quiet:
+        return
+    if result.prompt != flux_prompt(result):
+        print(f"expanded prompt: {result.prompt}")
+    t = result.timings
+    stages = {"prompt expansion": t.expand, "prompt": t.encode, "references": t.references, "denoising": t.denoise}
+    stages |= {"decoding": t.decode, "safety check": t.safety}
+    print(f"{t.total:.2f} s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items() if seconds))
+    for note in result.notes:
+        if note not in flux.notes:
+            print(f"note: {note}")
+
+
+def flux_prompt(result: Result) -> str:
+    """The prompt as the user wrote it."""
+    return str(result.images[0].settings["prompt"])

@@ -1,0 +1,72 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..request import ACCELERATIONS, SIZES, VARIANTS
+
+
+def _one_of(values: tuple[str, ...]) -> str:
+    return ", ".join(values)
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A name (see `flux2-local models`), hub id, folder, .safetensors or .gguf file. "
+        "Default: the best one on this disk that fits.", show_default=False,
+    ),
+]  # fmt: skip
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="For a single file: the model that its text encoder and autoencoder come from."),
+]
+VariantOption = Annotated[str | None, typer.Option("--variant", "-v", help=f"{_one_of(VARIANTS)} (default standard).")]
+AccelerationOption = Annotated[
+    str | None, typer.Option("--acceleration", "-a", help=f"{_one_of(ACCELERATIONS)} (default regular; standard only).")
+]
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="Device memory that may be used, such as 12GiB. Default: what is free.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, mps or cpu. Default: the best there is.")]
+PlanDevice = Annotated[
+    str | None,
+    typer.Option("--device", help="cuda, mps, cpu, or a card by name, such as rtx-4090 (a wrong name lists them)."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Insist on float32, bfloat16 or float16.")]
+LoraOption = Annotated[
+    list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size", "-s", help=f"{_one_of(tuple(SIZES))}, or WIDTHxHEIGHT, each 512 to 2048 (default landscape_4_3)."
+    ),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="4 to 50, standard only (default 28, or the model's own).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def parse_size(text: str | None) -> str | dict[str, int] | None:
+    """ "1024x768" -> width and height; a preset's name stays as it is."""
+    if text is None:
+        return None
+    width, x, height = text.lower().partition("x")
+    if x and width.isdigit() and height.isdigit():
+        return {"width": int(width), "height": int(height)}
+    return text
+
+
+def parse_loras(texts: list[str] | None) -> list[tuple[str, float]]:
+    """FILE or FILE=STRENGTH, repeated."""
+    out = []
+    for text in texts or []:
+        name, equals, strength = text.rpartition("=")
+        try:
+            out.append((name, float(strength)) if equals else (text, 1.0))
+        except ValueError:
+            out.append((text, 1.0))
+    return out

@@ -1,0 +1,72 @@
+"""Writing files whole or not at all, and refusing early where it cannot work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import OutputError
+from .presets import show_bytes
+
+
+def check_folder(folder: Path, need: int) -> None:
+    """Make ``folder`` and make sure that ``need`` bytes can be written there.
+
+    Raises:
+        OutputError: it cannot be made or written, or the disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"Pictures cannot be written to {folder}: {reason(error)}. Name another folder or file with -o."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OutputError(
+            f"The disk of {folder} has {show_bytes(free)} left and about {show_bytes(need)} are needed. Free some room, or "
+            f"name another folder with -o."
+        )
+
+
+def write(path: Path, data: bytes) -> Path:
+    """Write ``data`` to ``path``: a temporary file beside it, then a rename.
+
+    Raises:
+        OutputError: it could not be written; nothing is left behind.
+    """
+    handle, name = -1, ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except (OSError, ValueError) as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {reason(error)}.") from error
+    return path
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, … that does not exist."""
+    number, candidate = 2, path
+    while candidate.exists():
+        candidate = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return candidate
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's words for an error, without its number."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,295 @@
+"""What this machine is: device, memory, speed, and which packages are usable or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .errors import BackendUnavailableError, PlanError
+from .presets import DevicePreset, devices
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["cuda", "cpu", "mps"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device and the host it sits in.
+
+    Attributes:
+        device: torch's name for it, "cuda:0", "cpu" or "mps"; a preset's name where it was not probed.
+        kind: "cuda", "cpu" or "mps".
+        name: the device's name for people.
+        memory: bytes of device memory in all (of the host's, on a CPU).
+        free: bytes of it that are free now.
+        ram: bytes of host memory available now.
+        cores: processor cores that this process may use.
+        sm: CUDA compute capability as a number (89 for 8.9), or None.
+        fast_dtypes: types whose matrix products run at the device's full rate, fastest first.
+        flops: FLOP/s of a large matrix product per dtype, where measured or known.
+        memory_rate: bytes/s of device memory, read plus written.
+        link_rate: bytes/s from host to device.
+        measured: whether the rates were measured here.
+    """
+
+    device: str
+    kind: Kind
+    name: str
+    memory: int
+    free: int
+    ram: int
+    cores: int
+    sm: int | None
+    fast_dtypes: tuple[str, ...]
+    flops: dict[str, float]
+    memory_rate: float
+    link_rate: float
+    measured: bool
+
+
+def probe(device: str | None = None) -> Hardware:
+    """Look at the machine; nothing is timed.
+
+    Args:
+        device: "cuda", "cuda:1", "cpu", "mps", or None for the best there is.
+
+    Raises:
+        PlanError: no such device here.
+    """
+    import torch
+
+    device = device or default_device()
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        return _probe_cuda(device)
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise PlanError("There is no Apple GPU (MPS) here. Leave --device out to use the best device there is.")
+        rated = devices()["apple-m3-max"]
+        total = torch.mps.recommended_max_memory()
+        return _host(
+            replace(rated, title="Apple GPU", memory=total),
+            "mps",
+            total - torch.mps.driver_allocated_memory(),
+            ("float16",),
+        )
+    if kind == "cpu":
+        return _probe_cpu()
+    raise PlanError(f"{device!r} is not a device. Write cuda, cuda:1, cpu or mps.")
+
+
+def default_device() -> str:
+    """CUDA if there is one, else Apple's GPU, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _probe_cuda(device: str) -> Hardware:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = (
+            "this torch was built without CUDA" if torch.version.cuda is None else "no NVIDIA driver or card was found"
+        )
+        raise PlanError(f"CUDA cannot be used: {why}. Run `flux2-local doctor` for details, or use --device cpu.")
+    index = int(device.split(":")[1]) if ":" in device else 0
+    if index >= torch.cuda.device_count():
+        raise PlanError(
+            f"There is no {device}; this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0."
+        )
+    facts = torch.cuda.get_device_properties(index)
+    sm = facts.major * 10 + facts.minor
+    free, total = torch.cuda.mem_get_info(index)
+    rated = rate_of(facts.name, sm, facts.multi_processor_count)
+    fast = ("bfloat16", "float16") if sm >= 80 else ("float16",)
+    return _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
+
+
+def rate_of(name: str, sm: int, processors: int) -> DevicePreset:
+    """Rates of a card by its name, or guessed from its processors where ``devices.toml`` has no such card."""
+    words = name.lower().replace("nvidia", "").replace("geforce", "").split()
+    best = max(
+        (d for d in devices().values() if d.kind == "cuda"),
+        key=lambda d: sum(w in d.title.lower().split() for w in words),
+    )
+    if all(w in best.title.lower().split() for w in words if any(c.isdigit() for c in w)):
+        return best
+    per_processor = 1.3e12 if sm >= 89 else 0.87e12 if sm >= 80 else 0.5e12
+    return replace(best, flops=per_processor * processors, memory_rate=4e11, link_rate=12e9)
+
+
+def _probe_cpu() -> Hardware:
+    ram, total = host_memory()
+    fast = ("bfloat16", "float32") if has_fast_bfloat16() else ("float32",)
+    rated = replace(devices()["cpu-8"], title=cpu_name(), memory=total)
+    return _host(rated, "cpu", ram, fast)
+
+
+def _host(rated: DevicePreset, device: str, free: int, fast: tuple[str, ...]) -> Hardware:
+    cores = usable_cores()
+    rates = cpu_rates(cores, fast) if rated.kind == "cpu" else {fast[0]: rated.flops, "float32": rated.flops / 4}
+    return Hardware(
+        device=device,
+        kind=rated.kind,
+        name=rated.title,
+        memory=rated.memory,
+        free=free,
+        ram=host_memory()[0],
+        cores=cores,
+        sm=rated.sm,
+        fast_dtypes=fast,
+        flops=rates,
+        memory_rate=rated.memory_rate,
+        link_rate=rated.link_rate,
+        measured=False,
+    )
+
+
+def cpu_rates(cores: int, fast: tuple[str, ...]) -> dict[str, float]:
+    """Rough FLOP/s per dtype: 150 GFLOP/s a core in float32 with AVX-512 or AMX, 1 TFLOP/s in bf16 with AMX."""
+    rates = {"float32": 150e9 * cores}
+    if "bfloat16" in fast:
+        rates["bfloat16"] = (1000e9 if "amx_bf16" in cpu_flags() else 300e9) * cores
+    return rates
+
+
+def from_preset(name: str, ram: int | None = None) -> Hardware:
+    """The hardware that ``devices.toml`` describes, for planning without having it.
+
+    Args:
+        name: of the preset.
+        ram: bytes of host memory; this machine's where None.
+
+    Raises:
+        PlanError: no such preset.
+    """
+    known = devices()
+    if name not in known:
+        raise PlanError(f"{name!r} is neither a device of this machine nor a known one. Known: {', '.join(known)}.")
+    row = known[name]
+    fast = ("float16",) if row.kind == "mps" else ("bfloat16", "float16") if row.kind == "cuda" else ("float32",)
+    return Hardware(
+        device=name,
+        kind=row.kind,
+        name=row.title,
+        memory=row.memory,
+        free=row.memory if row.kind == "cpu" else row.memory - 600 * 2**20,
+        ram=ram or host_memory()[0],
+        cores=os.cpu_count() or 1,
+        sm=row.sm,
+        fast_dtypes=fast,
+        flops={fast[0]: row.flops, "float32": row.flops if row.kind == "cpu" else row.flops / 4},
+        memory_rate=row.memory_rate,
+        link_rate=row.link_rate,
+        measured=False,
+    )
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets that the processor announces; empty where the system does not say."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
+            line = next((row for row in f if row.startswith(("flags", "Features"))), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether bf16 matrix products have instructions of their own (AVX512-BF16, AMX, or Arm's BF16)."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
+            for row in f:
+                if row.startswith("model name"):
+                    return f"{row.partition(':')[2].strip()}, {usable_cores()} cores"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()}, {usable_cores()} cores"
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of host memory: available now, and in all. Container limits count."""
+    try:
+        with Path("/proc/meminfo").open(encoding="utf-8") as f:
+            rows = {k: int(v.split()[0]) * 1024 for k, v in (row.split(":", 1) for row in f)}
+        available, total = rows["MemAvailable"], rows["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+        total = page * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
+        available = int(total * 0.7)
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = (int(Path(name).read_text("ascii")) for name in (limit_file, used_file))
+        except (OSError, ValueError):
+            continue
+        if limit < total:
+            return min(available, max(0, limit - used)), limit
+    return available, total
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: its version, or why it cannot be used."""
+
+    name: str
+    version: str | None
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.version is not None and not self.problem
+
+
+def package(name: str, *, on: str | None = None, need: str = "") -> Package:
+    """Whether a distribution is installed (it is not imported).
+
+    Args:
+        name: of the distribution.
+        on: the kind of device at hand, where the package needs one.
+        need: the kind of device that it needs.
+    """
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Package(name, None, f"not installed; pip install {name}")
+    problem = f"needs a {need} device, and this is {on}" if need and on and on != need else ""
+    return Package(name, version, problem)
+
+
+def torch_device(hardware: Hardware) -> torch.device:
+    """The torch device to run on.
+
+    Raises:
+        BackendUnavailableError: the hardware is a preset's, not this machine's.
+    """
+    import torch
+
+    try:
+        return torch.device(hardware.device)
+    except RuntimeError:
+        raise BackendUnavailableError(
+            f"{hardware.device} is a description of a card, good for `flux2-local plan` only; to generate, use a device of "
+            f"this machine."
+        ) from None

@@ -1,0 +1,265 @@
+"""Pictures in and out: encoding with the settings inside, reading them back, reference pictures, cropping."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from .errors import OutputError, RequestError
+from .files import reason
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+JPEG_QUALITY = 95
+WEBP_QUALITY = 95
+
+SETTINGS_KEY = "flux2-local"
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_ASCII = b"ASCII\0\0\0"
+
+MAX_REFERENCE_BYTES = 64 * 2**20
+FETCH_SECONDS = 30
+MIN_REFERENCE_SIDE = 64
+MAX_REFERENCE_ASPECT = 8
+MAX_REFERENCE_AREA = 1024 * 1024
+"""Larger references are scaled down to this many pixels, as the pipelines do."""
+
+
+def encode(image: Image.Image, form: str, settings: dict[str, Any]) -> bytes:
+    """``image`` as a PNG, JPEG or WebP file with ``settings`` inside (a PNG text chunk; EXIF in the other two)."""
+    from PIL import Image, PngImagePlugin
+
+    text = json.dumps(settings, separators=(",", ":"))
+    out = io.BytesIO()
+    if form == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(SETTINGS_KEY, text)
+        image.save(out, "PNG", pnginfo=info, compress_level=4)
+        return out.getvalue()
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + f"{SETTINGS_KEY}:{text}".encode("ascii")
+    if form == "jpeg":
+        image.save(out, "JPEG", quality=JPEG_QUALITY, exif=exif)
+    else:
+        image.save(out, "WEBP", quality=WEBP_QUALITY, exif=exif)
+    return out.getvalue()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that :func:`encode` put into a file.
+
+    Raises:
+        RequestError: no such file, not a picture, or a picture without settings.
+    """
+    image = open_picture(path)
+    text = getattr(image, "text", {}).get(SETTINGS_KEY)
+    if text is None:
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+        comment = comment.encode("latin-1") if isinstance(comment, str) else bytes(comment)
+        head = _ASCII + f"{SETTINGS_KEY}:".encode("ascii")
+        text = comment[len(head) :].decode("ascii", "replace") if comment.startswith(head) else None
+    try:
+        settings = json.loads(text) if text is not None else None
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise RequestError(
+            f"{path} holds no flux2-local settings. Only pictures that flux2-local wrote, and that no other program saved "
+            f"again, carry them."
+        )
+    return settings
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture file.
+
+    Raises:
+        RequestError: it is not there, not readable or not a picture.
+    """
+    try:
+        return decode(path.read_bytes(), str(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"The picture {path} cannot be read: {reason(error)}.") from error
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decode a picture from memory.
+
+    Raises:
+        RequestError: not a picture, truncated, or of an absurd size.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise RequestError(
+            f"{name} is not a picture that can be read ({reason(error)}); use PNG, JPEG or WebP."
+        ) from error
+    return image
+
+
+def references(sources: tuple[Any, ...]) -> list[Image.Image]:
+    """Load and check reference pictures: paths, http(s) or data URLs, or PIL images.
+
+    Returns:
+        RGB pictures, upright; transparent parts are white.
+
+    Raises:
+        RequestError: one cannot be read, is under 64 pixels on a side, or longer than 8:1.
+    """
+    return [_checked(_load(source), i + 1) for i, source in enumerate(sources)]
+
+
+def _load(source: Any) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, Path):
+        return open_picture(source)
+    if not isinstance(source, str):
+        raise RequestError(
+            f"images: a reference picture is a path, a URL or a PIL image; {type(source).__name__} was given."
+        )
+    scheme = urlsplit(source).scheme.lower() if ":" in source[:12] else ""
+    if scheme == "data":
+        return decode(data_url_bytes(source), "The data URL")
+    if scheme in ("http", "https"):
+        return decode(_fetch(source), source)
+    if scheme == "file":
+        return open_picture(Path(unquote_to_bytes(urlsplit(source).path).decode("utf-8", "surrogateescape")))
+    return open_picture(Path(source).expanduser())
+
+
+def data_url_bytes(url: str) -> bytes:
+    """The bytes of a ``data:`` URL.
+
+    Raises:
+        RequestError: it has no comma or its base64 is broken.
+    """
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise RequestError("A data URL needs a comma between its type and its data: data:image/png;base64,….")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise RequestError(f"The data URL's base64 is broken: {error}.") from error
+
+
+def _fetch(url: str) -> bytes:
+    """Fetch a picture that the user named by its address; bounded in size and time."""
+    from urllib.request import Request as HttpRequest
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(HttpRequest(url, headers={"User-Agent": "flux2-local"}), timeout=FETCH_SECONDS) as answer:
+            data: bytes = answer.read(MAX_REFERENCE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"The reference picture {url} could not be fetched: {reason(error)}.") from error
+    if len(data) > MAX_REFERENCE_BYTES:
+        raise RequestError(f"The reference picture {url} is larger than {MAX_REFERENCE_BYTES // 2**20} MiB.")
+    return data
+
+
+def _checked(image: Image.Image, number: int) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    w, h = image.size
+    if min(w, h) < MIN_REFERENCE_SIDE or max(w, h) > MAX_REFERENCE_ASPECT * min(w, h):
+        raise RequestError(
+            f"images: reference picture {number} is {w}×{h} pixels; it must be at least {MIN_REFERENCE_SIDE} pixels on each "
+            f"side and at most {MAX_REFERENCE_ASPECT} times as long as wide. Crop or enlarge it."
+        )
+    return image
+
+
+def reference_size(width: int, height: int, multiple: int) -> tuple[int, int]:
+    """The size that a reference of width × height is encoded at: at most one megapixel, multiples of ``multiple``."""
+    if width * height > MAX_REFERENCE_AREA:
+        scale = (MAX_REFERENCE_AREA / (width * height)) ** 0.5
+        width, height = int(width * scale), int(height * scale)
+    return width // multiple * multiple, height // multiple * multiple
+
+
+def reference_pixels(image: Image.Image, multiple: int) -> torch.Tensor:
+    """A reference as the autoencoder reads it: scaled to at most one megapixel, cropped about the centre to whole tokens.
+
+    Returns:
+        float32 [1, 3, H, W] in [-1, 1].
+    """
+    from PIL import Image
+
+    w, h = image.size
+    if w * h > MAX_REFERENCE_AREA:
+        scale = (MAX_REFERENCE_AREA / (w * h)) ** 0.5
+        image = image.resize((int(w * scale), int(h * scale)), Image.Resampling.LANCZOS)
+        w, h = image.size
+    cut_w, cut_h = w // multiple * multiple, h // multiple * multiple
+    left, top = (w - cut_w) // 2, (h - cut_h) // 2
+    return to_pixels(image.crop((left, top, left + cut_w, top + cut_h)))
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB picture -> float32 [1, 3, H, W] in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    array = np.array(image)[None].astype(np.float32) / 255.0
+    return 2.0 * torch.from_numpy(array).permute(0, 3, 1, 2) - 1.0
+
+
+def from_pixels(pixels: torch.Tensor) -> Image.Image:
+    """[1, 3, H, W] in about [-1, 1] -> RGB picture, clamped and rounded."""
+    from PIL import Image
+
+    unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1)
+    array = unit.float().cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray((array * 255).round().astype("uint8"))
+
+
+def crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle ``width`` × ``height`` of a picture that is at least that large."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if image.size != (width, height) else image
+
+
+def black(image: Image.Image) -> Image.Image:
+    """A black picture of the same size."""
+    from PIL import Image
+
+    return Image.new("RGB", image.size)
+
+
+def format_of(path: Path, default: str) -> str:
+    """The format that a file name's ending stands for.
+
+    Raises:
+        OutputError: an ending that is none of the formats.
+    """
+    if not path.suffix:
+        return default
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"{path.name}: pictures are written as .png, .jpg or .webp, not {path.suffix}.")
+    return FORMATS[path.suffix.lower()]

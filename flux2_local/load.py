@@ -1,0 +1,150 @@
+"""Plan + checkpoint -> :class:`Components`. The only module that changes modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from . import lora as loras
+from . import weights
+from .costs import Architecture
+from .hardware import Hardware, torch_device
+from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.language import LanguageConfig, LanguageModel
+from .model.ops import REFERENCE
+from .model.transformer import Flux2Transformer, TransformerConfig
+from .offload import PLACEMENTS, Hold
+from .text.encode import PromptStyle
+from .text.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from .lora import Lora
+    from .plan import Plan
+    from .store import Checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEPT_FLOAT32 = ("bn.",)
+"""The autoencoder's statistics keep their own type: they are few and the pipelines' arithmetic starts from them."""
+
+LAYER = re.compile(r"^(?:language_model\.model|model\.language_model|model)\.(layers\.\d+\..+|embed_tokens\.weight)$")
+"""Names of a text encoder's tensors in the layouts that transformers has written over time."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """A loaded model: three networks, the tokenizer, and how to hold each network while it works."""
+
+    transformer: Flux2Transformer
+    text_encoder: LanguageModel
+    vae: Autoencoder
+    tokenizer: ChatTokenizer
+    style: PromptStyle
+    device: torch.device
+    hold_transformer: Hold
+    hold_text_encoder: Hold
+    hold_vae: Hold
+
+
+def architecture(checkpoint: Checkpoint) -> Architecture:
+    """The shapes of a checkpoint's networks, from its configuration files."""
+    preset = checkpoint.preset
+    return Architecture(
+        transformer=TransformerConfig.from_dict(checkpoint.config("transformer")),
+        language=LanguageConfig.from_dict(checkpoint.config("text_encoder")),
+        autoencoder=AutoencoderConfig.from_dict(checkpoint.config("vae")),
+        text_layers=preset.text_layers,
+        text_tokens=preset.text_tokens,
+        passes=2 if preset.guidance == "cfg" else 1,
+    )
+
+
+def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tuple[Lora, ...] = ()) -> Components:
+    """Read the weights and place them as the plan says.
+
+    Args:
+        plan: what to build.
+        checkpoint: where the files are.
+        hardware: the device to place them on.
+        adapters: LoRAs merged into the transformer, in order.
+
+    Raises:
+        WeightsDamagedError: a file is unreadable or does not fit.
+    """
+    arch, device = architecture(checkpoint), torch_device(hardware)
+    with torch.device("meta"):
+        transformer = Flux2Transformer(arch.transformer, REFERENCE)
+        text_encoder = LanguageModel(arch.language, arch.text_layers)
+        vae = Autoencoder(arch.autoencoder)
+    fill_transformer(transformer, checkpoint, DTYPES[plan.transformer.format])
+    for adapter in adapters:
+        loras.merge(transformer, loras.read(adapter.path), adapter.strength, adapter.path.name)
+    folder = checkpoint.folder
+    weights.fill(
+        text_encoder,
+        weights.read_files(weights.weight_files(folder / "text_encoder")),
+        dtype=DTYPES[plan.text_encoder.format],
+        source=str(folder / "text_encoder"),
+        rename=language_name,
+    )
+    weights.fill(
+        vae,
+        weights.read_files(weights.weight_files(folder / "vae")),
+        dtype=DTYPES[plan.vae.format],
+        source=str(folder / "vae"),
+        keep_dtype=KEPT_FLOAT32,
+    )
+    if plan.channels_last:
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)
+    placements = (plan.transformer.placement, plan.text_encoder.placement, plan.vae.placement)
+    holds = [PLACEMENTS[p](n.eval(), device) for n, p in zip(networks, placements, strict=True)]
+    return Components(
+        transformer, text_encoder, vae, ChatTokenizer(folder / "tokenizer"), prompt_style(checkpoint), device, *holds
+    )
+
+
+def fill_transformer(transformer: Flux2Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Read the transformer's weights from the checkpoint's folder or its single file."""
+    single = checkpoint.single
+    if single is None:
+        folder = checkpoint.folder / "transformer"
+        weights.fill(transformer, weights.read_files(weights.weight_files(folder)), dtype=dtype, source=str(folder))
+        return
+    tensors = weights.read_gguf(single) if single.suffix.lower() == ".gguf" else weights.read_files([single])
+    weights.fill(transformer, iter(weights.hub_names(tensors).items()), dtype=dtype, source=str(single))
+
+
+def language_name(name: str) -> str | None:
+    """Name of a text encoder's tensor in :class:`LanguageModel`, or None for what encoding does not need."""
+    match = LAYER.match(name)
+    return match.group(1) if match else None
+
+
+def prompt_style(checkpoint: Checkpoint) -> PromptStyle:
+    """How the model's family phrases prompts."""
+    length = checkpoint.preset.text_tokens
+    if checkpoint.preset.pipeline == "Flux2Pipeline":
+        return PromptStyle(
+            system_messages()["SYSTEM_MESSAGE"], parts=True, prompt_next=False, special=False, length=length
+        )
+    return PromptStyle(None, parts=False, prompt_next=True, special=True, length=length)
+
+
+@cache
+def system_messages() -> dict[str, str]:
+    """The model makers' system messages, from the installed diffusers, without importing all of it."""
+    package = importlib.util.find_spec("diffusers")
+    assert package is not None and package.origin is not None, "diffusers is a dependency of flux2-local"
+    path = Path(package.origin).parent / "pipelines" / "flux2" / "system_messages.py"
+    spec = importlib.util.spec_from_file_location("flux2_local._system_messages", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {k: v for k, v in vars(module).items() if k.startswith("SYSTEM_MESSAGE")}

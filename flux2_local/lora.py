@@ -1,0 +1,126 @@
+"""LoRA files -> low-rank updates of the transformer's weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import weights
+from .errors import WeightsDamagedError
+
+PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class Update:
+    """``scale · up @ down`` is added to a weight: down [rank, in], up [out, rank]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA to apply: its file and the strength it is applied at."""
+
+    path: Path
+    strength: float = 1.0
+
+
+def read(path: Path) -> dict[str, Update]:
+    """Read a LoRA file in any layout that diffusers' Flux2 loader reads: hub name of the module -> update.
+
+    Raises:
+        PickleRefusedError: not a safetensors file.
+        WeightsDamagedError: unreadable, or nothing in it is a LoRA for FLUX.2.
+    """
+    weights.refuse_pickle(path)
+    state = dict(weights.read_files([path]))
+    alphas = _alphas(path)
+    if not all(k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")) for k in state):
+        state, alphas = _convert(path), {}
+    updates = {}
+    for key in (k for k in state if k.endswith(".lora_A.weight")):
+        stem = key.removesuffix(".lora_A.weight")
+        up = state.get(f"{stem}.lora_B.weight")
+        if up is None:
+            raise WeightsDamagedError(f"{path}: {key} has no lora_B beside it. {weights.FETCH_AGAIN}")
+        rank = state[key].shape[0]
+        name = stem.removeprefix(PREFIX)
+        updates[name] = Update(state[key], up, alphas.get(name, alphas.get("", rank)) / rank)
+    if not updates:
+        raise WeightsDamagedError(f"{path.name} holds no LoRA for the FLUX.2 transformer that can be read.")
+    return updates
+
+
+def _alphas(path: Path) -> dict[str, float]:
+    """lora_alpha from the file's adapter metadata: "" for all modules, else per module."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata")
+    facts = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()} if text else {}
+    alphas = {k: float(v) for k, v in (facts.get("alpha_pattern") or {}).items()}
+    if "lora_alpha" in facts:
+        alphas[""] = float(facts["lora_alpha"])
+    return alphas
+
+
+def _convert(path: Path) -> dict[str, Tensor]:
+    """BFL, ai-toolkit, Kohya and LyCORIS layouts, through diffusers' own converters."""
+    from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin
+
+    try:
+        state: dict[str, Tensor] = Flux2LoraLoaderMixin.lora_state_dict(
+            str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:
+        raise WeightsDamagedError(f"{path.name} is not a LoRA for FLUX.2 that can be read: {error}") from error
+    if any(".lokr_" in key for key in state):
+        raise WeightsDamagedError(
+            f"{path.name} is a LoKr adapter, which is not supported yet; convert it to a plain LoRA."
+        )
+    return state
+
+
+def merge(module: nn.Module, updates: dict[str, Update], strength: float, source: str) -> None:
+    """Add updates to a dense module's weights, computed in float32 and rounded once.
+
+    Raises:
+        WeightsDamagedError: an update names a module that is not there or has another shape.
+    """
+    layers = dict(module.named_modules())
+    for name, update in updates.items():
+        layer = layers.get(name)
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != (update.up.shape[0], update.down.shape[1]):
+            raise WeightsDamagedError(
+                f"{source} does not fit this model: it changes {name} ({update.up.shape[0]}×{update.down.shape[1]}), which the "
+                f"model {'has in another shape' if layer is not None else 'has not'}. It was made for another FLUX.2 family."
+            )
+        weight = layer.weight
+        delta = (update.up.float() @ update.down.float()) * (update.scale * strength)
+        merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+
+
+def load(source: str | Path) -> Path:
+    """The file that a LoRA's name stands for: a path, or "owner/name:file" in the hub's cache.
+
+    Raises:
+        WeightsDamagedError: there is no such file here.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    repo, colon, name = str(source).partition(":")
+    if colon:
+        from .store import cached_file
+
+        found = cached_file(repo, name)
+        if found is not None:
+            return found
+    raise WeightsDamagedError(f"There is no LoRA file {source} here. Give the path of a .safetensors file.")

@@ -1,0 +1,238 @@
+"""The FLUX.2 autoencoder over the weights of an ``AutoencoderKLFlux2`` checkpoint.
+
+Pixels [B, 3, H, W] in [-1, 1] <-> latents [B, 128, H/p, W/p], patchified 2×2 and normalised by the checkpoint's BatchNorm
+statistics, which is what the transformer sees. p is :attr:`Autoencoder.multiple`, 16 for the published models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The architecture's numbers, as in ``vae/config.json``."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int = 2
+    latent_channels: int = 32
+    norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    batch_norm_eps: float = 1e-4
+    patch_size: tuple[int, int] = (2, 2)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> AutoencoderConfig:
+        """Pick the fields that matter out of a ``config.json``."""
+        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        for name in ("block_out_channels", "decoder_block_out_channels", "patch_size"):
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        return cls(**known)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, fan_in: int, fan_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, fan_in, NORM_EPS)
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, fan_out, NORM_EPS)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(fan_in, fan_out, 1) if fan_in != fan_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x), inplace=not torch.is_grad_enabled()))
+        y = self.conv2(F.silu(self.norm2(y), inplace=not torch.is_grad_enabled()))
+        out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + y
+        return out
+
+
+class MidAttention(nn.Module):
+    """Self-attention over all positions, one head as wide as the channels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.group_norm(x.view(b, c, h * w)).transpose(1, 2)
+        q, k, v = (to(tokens)[:, None] for to in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        # The sum takes the memory layout of its first term, and convolutions round differently in another layout.
+        return out.transpose(1, 2).reshape(b, c, h, w) + x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([MidAttention(channels, groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        out: Tensor = self.resnets[1](x)
+        return out
+
+
+class Resample(nn.Module):
+    """Halve (strided convolution, padded right and below) or double (nearest neighbour, then convolution)."""
+
+    def __init__(self, channels: int, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, then the way to the next."""
+
+    def __init__(self, fan_in: int, fan_out: int, layers: int, groups: int, resample: str | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(fan_in if i == 0 else fan_out, fan_out, groups) for i in range(layers))
+        self.downsamplers = nn.ModuleList([Resample(fan_out, up=False)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Resample(fan_out, up=True)] if resample == "up" else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = part(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, last = c.block_out_channels, len(c.block_out_channels) - 1
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(0, i - 1)], w, c.layers_per_block, c.norm_num_groups, "down" if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], c.norm_num_groups, c.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return out
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = tuple(reversed(c.decoder_block_out_channels or c.block_out_channels))
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], c.norm_num_groups, c.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(0, i - 1)], w, c.layers_per_block + 1, c.norm_num_groups, "up" if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
+
+
+class Statistics(nn.Module):
+    """The running statistics of the checkpoint's BatchNorm, per patchified latent channel."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+class Autoencoder(nn.Module):
+    """Encoder, decoder and the statistics between them and the transformer.
+
+    Args:
+        config: the checkpoint's architecture.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
+        self.bn = Statistics(z * config.patch_size[0] * config.patch_size[1])
+
+    @property
+    def multiple(self) -> int:
+        """Pixels along one side of a transformer token; pictures are made in multiples of it."""
+        return int(2 ** (len(self.config.block_out_channels) - 1) * self.config.patch_size[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    def statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, [1, C, 1, 1] each, cast to ``dtype`` after the square root."""
+        mean, std = self.bn.running_mean, torch.sqrt(self.bn.running_var + self.config.batch_norm_eps)
+        return mean.view(1, -1, 1, 1).to(dtype), std.view(1, -1, 1, 1).to(dtype)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels -> normalised patchified latents (the posterior's mode)."""
+        moments = self.encoder(pixels)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        latents = patchify(moments.chunk(2, 1)[0])
+        mean, std = self.statistics(latents.dtype)
+        return (latents - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised patchified latents, in the sampler's dtype, -> pixels, not yet clamped."""
+        mean, std = self.statistics(latents.dtype)
+        z = unpatchify(latents * std + mean)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        out: Tensor = self.decoder(z)
+        return out
+
+
+def patchify(z: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] -> [B, 4C, h, w]; the new channel order is channel, row, column."""
+    b, c, h, w = z.shape
+    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+
+
+def unpatchify(z: Tensor) -> Tensor:
+    """[B, 4C, h, w] -> [B, C, 2h, 2w]."""
+    b, c, h, w = z.shape
+    return z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)

@@ -1,0 +1,326 @@
+"""The FLUX.2 transformer over the weights of a ``Flux2Transformer2DModel`` checkpoint.
+
+What depends only on the schedule (timestep and guidance embeddings, modulations), on the prompt (context embedding) or on
+the picture's size (rotary tables) is computed once and passed in; a step is then :meth:`Flux2Transformer.forward`.
+
+Shapes: B pictures, N image tokens (reference tokens included), L text tokens, D the width, H heads of d = D / H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import REFERENCE, Ops, Rotary
+
+ROPE_THETA = 2000
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The architecture's numbers, as in ``transformer/config.json``."""
+
+    num_layers: int = 8
+    num_single_layers: int = 48
+    num_attention_heads: int = 48
+    attention_head_dim: int = 128
+    in_channels: int = 128
+    out_channels: int | None = None
+    joint_attention_dim: int = 15360
+    timestep_guidance_channels: int = 256
+    mlp_ratio: float = 3.0
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: int = ROPE_THETA
+    eps: float = 1e-6
+    guidance_embeds: bool = True
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> TransformerConfig:
+        """Pick the fields that matter out of a ``config.json``."""
+        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        if "axes_dims_rope" in known:
+            known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
+        return cls(**known)
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Everything that a step takes from its timestep and guidance, each [B, 1, D].
+
+    ``img`` and ``txt``: shift, scale, gate of attention, then of the MLP, for the double blocks. ``single``: shift, scale,
+    gate. ``out``: scale, shift of the last norm.
+    """
+
+    img: tuple[Tensor, ...]
+    txt: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+    out: tuple[Tensor, ...]
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    return nn.Linear(fan_in, fan_out, bias=False)
+
+
+class Scale(nn.Module):
+    """The weight of an RMSNorm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = linear(channels, width)
+        self.linear_2 = linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class TimeGuidanceEmbedding(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.channels = config.timestep_guidance_channels
+        self.timestep_embedder = TimestepEmbedding(self.channels, config.width)
+        self.guidance_embedder = TimestepEmbedding(self.channels, config.width) if config.guidance_embeds else None
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
+        """[B] timestep and guidance, each times 1000, -> [B, D]."""
+        emb = self.timestep_embedder(sinusoid(timestep, self.channels).to(timestep.dtype))
+        if guidance is not None and self.guidance_embedder is not None:
+            emb = emb + self.guidance_embedder(sinusoid(guidance, self.channels).to(guidance.dtype))
+        return emb
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Cosines then sines of t at ``channels`` / 2 frequencies from 1 to 1/10000, float32 [B, channels]."""
+    half = channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * torch.exp(exponent)[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], -1)
+
+
+class ModulationLinear(nn.Module):
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = linear(width, parts * width)
+
+    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(temb))[:, None].chunk(self.parts, -1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.linear_in = linear(width, 2 * inner)
+        self.linear_out = linear(inner, width)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        out: Tensor = self.linear_out(ops.swiglu(self.linear_in(x), None))
+        return out
+
+
+class JointAttention(nn.Module):
+    """Attention of a double block: text and image have their own projections and attend to each other."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            setattr(self, name, linear(width, width))
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(self, name, Scale(head_dim))
+        self.to_out = nn.ModuleList([linear(width, width)])
+
+    def forward(self, image: Tensor, text: Tensor, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
+        """[B, N, D] and [B, L, D] -> the same. The sequence is text first."""
+        batch, length, width = text.shape
+        total = length + image.shape[1]
+        q, k, v = (image.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
+        for x, rows, (to_q, to_k, to_v, norm_q, norm_k) in (
+            (text, slice(0, length), self._projections("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")),
+            (image, slice(length, total), self._projections("to_q", "to_k", "to_v", "norm_q", "norm_k")),
+        ):  # fmt: skip
+            part = rotary.rows(rows.start, rows.stop)
+            ops.qk_norm_rope(to_q(x).unflatten(-1, (-1, self.head_dim)), norm_q.weight, part, q[:, rows])
+            ops.qk_norm_rope(to_k(x).unflatten(-1, (-1, self.head_dim)), norm_k.weight, part, k[:, rows])
+            v[:, rows].copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
+        out = ops.attend(q, k, v).flatten(2)
+        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])  # type: ignore[operator]
+
+    def _projections(self, *names: str) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in names)
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn = JointAttention(config.width, config.attention_head_dim)
+        self.ff = FeedForward(config.width, config.mlp_width)
+        self.ff_context = FeedForward(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor, c: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Image [B, N, D] and text [B, L, D] through attention and MLP."""
+        img, txt = mod.img, mod.txt
+        attn, attn_c = self.attn(
+            ops.modulated_norm(x, img[0], img[1]), ops.modulated_norm(c, txt[0], txt[1]), rotary, ops
+        )
+        x = ops.gated_residual(x, img[2], attn)
+        x = ops.gated_residual(x, img[5], self.ff(ops.modulated_norm(x, img[3], img[4]), ops))
+        c = ops.gated_residual(c, txt[2], attn_c)
+        c = ops.gated_residual(c, txt[5], self.ff_context(ops.modulated_norm(c, txt[3], txt[4]), ops))
+        return x, clip(c)
+
+
+class ParallelAttention(nn.Module):
+    """Attention and MLP of a single block, side by side between one input and one output projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_dim = config.attention_head_dim
+        self.width, self.inner = config.width, config.mlp_width
+        self.to_qkv_mlp_proj = linear(self.width, 3 * self.width + 2 * self.inner)
+        self.norm_q, self.norm_k = Scale(self.head_dim), Scale(self.head_dim)
+        self.to_out = linear(self.width + self.inner, self.width)
+
+    def forward(self, x: Tensor, rotary: Rotary, ops: Ops) -> Tensor:
+        """[B, L + N, D] -> [B, L + N, D]."""
+        packed = self.to_qkv_mlp_proj(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
+        both = packed.new_empty(*x.shape[:-1], self.width + self.inner)
+        ops.swiglu(packed[..., 3 * self.width :], both[..., self.width :])
+        q = ops.qk_norm_rope(q, self.norm_q.weight, rotary, None)
+        k = ops.qk_norm_rope(k, self.norm_k.weight, rotary, None)
+        both[..., : self.width].copy_(ops.attend(q, k, v).flatten(2))
+        out: Tensor = self.to_out(both)
+        return out
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn = ParallelAttention(config)
+
+    def forward(self, x: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> Tensor:
+        """Text and image together, [B, L + N, D]."""
+        shift, scale, gate = mod.single
+        return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops)))
+
+
+class OutputNorm(nn.Module):
+    """Holds the projection that yields the last norm's scale and shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = linear(width, 2 * width)
+
+
+def clip(x: Tensor) -> Tensor:
+    """Keep float16 finite, as the reference does; other dtypes pass."""
+    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+
+
+class Flux2Transformer(nn.Module):
+    """The denoiser of FLUX.2 dev and klein.
+
+    Args:
+        config: the checkpoint's architecture.
+        ops: the implementation of everything between the matmuls.
+    """
+
+    def __init__(self, config: TransformerConfig, ops: Ops = REFERENCE) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        width = config.width
+        self.time_guidance_embed = TimeGuidanceEmbedding(config)
+        self.double_stream_modulation_img = ModulationLinear(width, 6)
+        self.double_stream_modulation_txt = ModulationLinear(width, 6)
+        self.single_stream_modulation = ModulationLinear(width, 3)
+        self.x_embedder = linear(config.in_channels, width)
+        self.context_embedder = linear(config.joint_attention_dim, width)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.norm_out = OutputNorm(width)
+        self.proj_out = linear(width, config.out_channels or config.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x_embedder.weight.dtype
+
+    def modulation(self, sigma: Tensor, guidance: float | None) -> Modulation:
+        """What the step at noise level ``sigma`` needs.
+
+        Args:
+            sigma: 0-dimensional or [B], in [0, 1], already rounded to the dtype that the sampler works in.
+            guidance: the guidance scale, or None for models without guidance embedding.
+        """
+        timestep = sigma.reshape(-1).to(self.dtype) * 1000
+        scale = (
+            None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32).to(self.dtype) * 1000
+        )
+        temb = self.time_guidance_embed(timestep, scale)
+        out = self.norm_out.linear(F.silu(temb))[:, None].chunk(2, -1)
+        return Modulation(
+            self.double_stream_modulation_img(temb),
+            self.double_stream_modulation_txt(temb),
+            self.single_stream_modulation(temb),
+            out,
+        )
+
+    def rotary(self, ids: Tensor) -> Rotary:
+        """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64."""
+        tables = []
+        for axis, dim in enumerate(self.config.axes_dims_rope):
+            powers = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+            tables.append(torch.outer(ids[:, axis].double(), 1.0 / self.config.rope_theta**powers))
+        angles = torch.cat(tables, -1)
+        return Rotary(angles.cos().float(), angles.sin().float())
+
+    def context(self, text: Tensor) -> Tensor:
+        """Prompt embeddings [B, L, joint] -> [B, L, D]."""
+        out: Tensor = self.context_embedder(text)
+        return out
+
+    def forward(self, latents: Tensor, context: Tensor, mod: Modulation, rotary: Rotary, keep: int) -> Tensor:
+        """One evaluation of the velocity field.
+
+        Args:
+            latents: [B, N, channels]; the picture's own tokens first, then its references'.
+            context: [B, L, D] of :meth:`context`.
+            mod: of :meth:`modulation`.
+            rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
+            keep: how many leading image tokens the answer is wanted for.
+
+        Returns:
+            [B, keep, channels], the dtype of the weights.
+        """
+        ops = self.ops
+        x, c = self.x_embedder(latents), context
+        for block in self.transformer_blocks:
+            x, c = block(x, c, mod, rotary, ops)
+        length = c.shape[1]
+        x = torch.cat([c, x], 1)
+        for block in self.single_transformer_blocks:
+            x = block(x, mod, rotary, ops)
+        scale, shift = mod.out
+        x = F.layer_norm(x[:, length : length + keep], x.shape[-1:], eps=self.config.eps) * (1 + scale) + shift
+        out: Tensor = self.proj_out(x)
+        return out

@@ -1,0 +1,486 @@
+"""A loaded model and what it does with a request: :class:`Flux2`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import images, load, lora, safety, store
+from .costs import Work
+from .errors import BackendUnavailableError, BudgetError, OutOfMemoryError, RequestError
+from .hardware import Hardware, from_preset, probe
+from .plan import Need, Plan, built, make_plan
+from .presets import devices, parse_bytes, tiers
+from .progress import CancelCheck, OnProgress, Progress, Reporter
+from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
+from .result import ImageFile, Result, Timings
+from .version import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .store import Checkpoint
+    from .text.expand import Expander
+
+LoraSource = str | Path | tuple[str | Path, float]
+"""A LoRA: a file's path or "owner/name:file", alone or with its strength."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :meth:`Flux2.load` was asked for, checked.
+
+    Attributes:
+        variant, acceleration: of every request, unless a request names another acceleration.
+        vram: bytes of device memory that may be used, or None.
+        dtype: compute type insisted on, or None.
+        adapters: the user's LoRAs.
+    """
+
+    variant: Variant
+    acceleration: Acceleration
+    vram: int | None
+    dtype: str | None
+    adapters: tuple[lora.Lora, ...]
+
+
+class Flux2:
+    """A FLUX.2 model on this machine. Make one with :meth:`load`.
+
+    Attributes:
+        plan: what was chosen, and why; ``print(flux.plan)`` explains it.
+        checkpoint: the model's files.
+        notes: what the user should know about this model and variant, a line each.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, hardware: Hardware, settings: Settings) -> None:
+        """Load the weights. Use :meth:`load`, which makes the plan."""
+        self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
+        self.notes = model_notes(checkpoint, settings.variant)
+        path = store.require_lora(checkpoint, settings.variant)
+        own = (lora.Lora(path),) if path is not None else ()
+        self._components = load.build(plan, checkpoint, hardware, (*own, *settings.adapters))
+        self._checker: safety.Checker | None = None
+        self._expander: Expander | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        variant: Variant = "standard",
+        *,
+        acceleration: Acceleration = "regular",
+        vram: str | int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        lora: LoraSource | list[LoraSource] | None = None,
+        base: str | Path | None = None,
+    ) -> Flux2:
+        """Find a model, plan for this machine and load it. Nothing is downloaded.
+
+        Args:
+            model: a name (``flux2-local models`` lists them), a hub id, a folder in the hub layout, or a .safetensors or
+                .gguf file. None: the best one on this disk that fits, else the bundled one.
+            variant: "standard", "turbo" or "flash".
+            acceleration: "none", "regular" or "high".
+            vram: device memory that may be used, such as "12GiB" or bytes; what is free where None.
+            device: "cuda", "cuda:1", "cpu" or "mps"; the best there is where None.
+            dtype: "float32", "bfloat16" or "float16", to insist on a compute type.
+            lora: LoRA files to merge in: a path or "owner/name:file", or (that, strength), or a list of them.
+            base: for a single file, the model whose text encoder and autoencoder go with it.
+
+        Raises:
+            RequestError: an argument that is none of its allowed values.
+            ModelError: the model is unknown, missing or damaged.
+            PlanError: the device is not there, or the model does not fit.
+        """
+        settings = make_settings(variant, acceleration, vram, dtype, lora)
+        hardware = find_hardware(device)
+        if hardware.device in devices():
+            raise BackendUnavailableError(
+                f"{hardware.device} is a card's description, good for `flux2-local plan` only. Leave device out to use what is here."
+            )
+        checkpoint, plan = choose(model, settings, hardware, Work(), base)
+        return cls(plan, checkpoint, hardware, settings)
+
+    def generate(
+        self,
+        prompt: str | Request,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelCheck | None = None,
+        **fields: Any,
+    ) -> Result:
+        """Turn a prompt into pictures.
+
+        Args:
+            prompt: what to draw, or a whole :class:`Request`.
+            progress: called with every :class:`Progress`.
+            cancel: asked between steps; True stops.
+            fields: the other fields of :class:`Request`, by name.
+
+        Raises:
+            RequestError: a field is wrong, or asks for what this model was not loaded for.
+            SafetyUnavailableError: the safety check is on and there is no classifier.
+            OutOfMemoryError: the device's memory ran out.
+            Cancelled: the cancel callback said so.
+        """
+        if isinstance(prompt, Request):
+            fields = {**{k: getattr(prompt, k) for k in prompt.model_fields_set}, **fields}
+        else:
+            fields = {"prompt": prompt, **fields}
+        request = make_request(self.settings.variant, fields).seeded()
+        self._check(request)
+        run = Run(self, request, Reporter(progress, cancel))
+        try:
+            return run.result()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(request) from error
+            raise
+
+    def _check(self, request: Request) -> None:
+        """Refuse before any work what cannot be done."""
+        asked = request.acceleration
+        if asked is not None and asked != self.plan.acceleration:
+            other = make_plan(self._need(request, asked), self.hardware, self.settings.vram, self.settings.dtype)
+            if built(other) != built(self.plan):
+                raise RequestError(
+                    f"acceleration={asked!r} needs the weights in another form than they were loaded in "
+                    f"({self.plan.acceleration}). Load with Flux2.load(acceleration={asked!r})."
+                )
+        if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
+            self._checker = safety.make_checker()
+
+    def _need(self, request: Request, acceleration: Acceleration) -> Need:
+        width, height = request.size
+        arch = load.architecture(self.checkpoint)
+        steps = self.steps(request)
+        tier = tiers()[acceleration]
+        return Need(self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps))
+
+    def steps(self, request: Request) -> int:
+        """Denoising steps of a request: its own number, or the variant's."""
+        return request.num_inference_steps or self.checkpoint.preset.recipe(self.settings.variant).steps
+
+    def _out_of_memory(self, request: Request) -> OutOfMemoryError:
+        width, height = request.size
+        need = self._need(request, self.plan.acceleration)
+        smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
+        try:
+            peak = make_plan(need, self.hardware, None, self.settings.dtype).peak_bytes
+            wanted = f"about {peak / 2**30:.1f} GiB were expected to be enough"
+        except BudgetError as error:
+            wanted = str(error)
+        return OutOfMemoryError(
+            f"The memory of {self.hardware.name} ran out at {width}×{height} ({wanted}). Close what else uses it, ask for a "
+            f"smaller picture, or plan for less: load again with {smaller}."
+        )
+
+
+def make_settings(
+    variant: str,
+    acceleration: str,
+    vram: str | int | None,
+    dtype: str | None,
+    adapters: LoraSource | list[LoraSource] | None,
+) -> Settings:
+    """Check the arguments of :meth:`Flux2.load`.
+
+    Raises:
+        RequestError: naming the argument, what was given and what is allowed.
+    """
+    for name, value, allowed in (
+        ("variant", variant, VARIANTS),
+        ("acceleration", acceleration, ACCELERATIONS),
+        ("dtype", dtype, (None, *load.DTYPES)),
+    ):
+        if value not in allowed:
+            words = ", ".join(str(a) for a in allowed if a is not None)
+            raise RequestError(f"{name} must be one of {words}; {value!r} was given.")
+    try:
+        budget = None if vram is None else parse_bytes(vram)
+    except ValueError as error:
+        raise RequestError(f"vram: {error}") from None
+    given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
+    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
+    found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
+    return Settings(variant, acceleration, budget, dtype, found)  # type: ignore[arg-type]
+
+
+def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
+    """This machine's hardware, or the one that a preset of ``devices.toml`` describes."""
+    if device is not None and device.split(":")[0] not in ("cuda", "cpu", "mps"):
+        return from_preset(device, ram)
+    return probe(device)
+
+
+def choose(
+    model: str | Path | None, settings: Settings, hardware: Hardware, work: Work, base: str | Path | None = None
+) -> tuple[Checkpoint, Plan]:
+    """The model to use and its plan. With no model named, the best one on this disk that fits.
+
+    Raises:
+        ModelError, PlanError: as :meth:`Flux2.load`.
+    """
+    named = model is not None
+    found = [store.find(model, settings.variant, base)] if named else list(store.candidates(settings.variant))
+    refused: BudgetError | None = None
+    for checkpoint in found:
+        recipe = checkpoint.preset.recipe(settings.variant)
+        need = Need(
+            checkpoint.name,
+            settings.variant,
+            tiers()[settings.acceleration],
+            load.architecture(checkpoint),
+            replace(work, steps=recipe.steps),
+        )
+        try:
+            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype)
+        except BudgetError as error:
+            refused = error
+    assert refused is not None, "the bundled model is always a candidate"
+    raise refused
+
+
+def model_notes(checkpoint: Checkpoint, variant: Variant) -> tuple[str, ...]:
+    """What the user should know about a model and variant."""
+    notes = []
+    if checkpoint.bundled:
+        notes.append(
+            "This is the small model that comes with the package: it draws simple scenes. For FLUX.2 itself run "
+            "`flux2-local models`, then for example `flux2-local download klein-4b`."
+        )
+    recipe = checkpoint.preset.recipe(variant)
+    if recipe.note:
+        notes.append(f"{checkpoint.preset.title}, {variant}: {recipe.note}.")
+    return tuple(notes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+@dataclass
+class Run:
+    """One request on its way through the stages."""
+
+    flux: Flux2
+    request: Request
+    report: Reporter
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def result(self) -> Result:
+        """All stages in order."""
+        request, c = self.request, self.flux._components
+        references = images.references(request.images)
+        prompt = self.expand() if request.enable_prompt_expansion else request.prompt
+        text, negative = self.encode(prompt)
+        latents = self.references(references) if references else []
+        pictures = []
+        for number in range(request.num_images):
+            tokens, grid = self.denoise(number, text, negative, latents)
+            pictures.append(self.decode(tokens, grid))
+        del text, negative, latents, c
+        checked = self.check(pictures)
+        finished = self.finish(checked, prompt)
+        flagged = tuple(bad for _, bad in checked)
+        timings = Timings(**self.seconds)
+        assert request.seed is not None
+        return Result(finished, timings, request.seed, flagged, prompt, (*self.flux.notes, *self.notes))
+
+    @contextmanager
+    def stage(self, name: Any) -> Iterator[None]:
+        """Time a stage and report its beginning; on a GPU its work is waited for."""
+        self.report(Progress(name))
+        start = time.perf_counter()
+        yield
+        synchronize(self.flux._components.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def expand(self) -> str:
+        from .text.expand import Expander
+
+        flux, c = self.flux, self.flux._components
+        system = load.system_messages()
+        message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
+        with self.stage("expand"):
+            if flux._expander is None:
+                dtype = load.DTYPES[flux.plan.text_encoder.format]
+                flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
+            assert self.request.seed is not None
+            return flux._expander(self.request.prompt, system[message], self.request.seed)
+
+    def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings of the prompt and, for classifier-free guidance, of the empty prompt; [1, L, joint] each."""
+        from .text import encode
+
+        c, preset = self.flux._components, self.flux.checkpoint.preset
+        with self.stage("encode"), c.hold_text_encoder():
+            tokens = encode.tokenize(c.tokenizer, [prompt], c.style)
+            if tokens.cut:
+                self.notes.append(
+                    f"The prompt is longer than {c.style.length} tokens; what comes after them was not read."
+                )
+            text = encode.embed(c.text_encoder, tokens, c.device)
+            if preset.guidance != "cfg" or self.request.guidance_scale <= 1:
+                return text, None
+            empty = encode.tokenize(c.tokenizer, [""], c.style)
+            return text, encode.embed(c.text_encoder, empty, c.device)
+
+    def references(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
+        """Latents [1, C, h, w] of the reference pictures."""
+        import torch
+
+        c = self.flux._components
+        with self.stage("references"), c.hold_vae(), torch.inference_mode():
+            pixels = [images.reference_pixels(p, c.vae.multiple) for p in pictures]
+            return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
+
+    def denoise(
+        self, number: int, text: torch.Tensor, negative: torch.Tensor | None, latents: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Packed latents of picture ``number``, and its size in tokens."""
+        import torch
+
+        from . import latents as layout
+        from .sampler import Conditions, denoise
+        from .schedule import make_schedule
+
+        flux, request, c = self.flux, self.request, self.flux._components
+        preset = flux.checkpoint.preset
+        width, height = request.size
+        grid = -(-height // c.vae.multiple), -(-width // c.vae.multiple)
+        assert request.seed is not None
+        schedule = make_schedule(preset.recipe(flux.settings.variant), flux.steps(request), grid[0] * grid[1])
+        noise = layout.noise(request.seed + number, c.transformer.config.in_channels, *grid)
+        positions = [
+            layout.text_positions(text.shape[1]),
+            layout.image_positions(*grid),
+            layout.reference_positions([(z.shape[2], z.shape[3]) for z in latents]),
+        ]
+        conditions = Conditions(
+            text=text,
+            negative=negative,
+            guidance=request.guidance_scale,
+            embedded=preset.guidance == "embedded",
+            references=torch.cat([layout.pack(z) for z in latents], 1) if latents else None,
+            rotary=c.transformer.rotary(torch.cat(positions).to(c.device)),
+        )
+        total = schedule.steps * request.num_images
+
+        def on_step(step: int, _: torch.Tensor, estimate: torch.Tensor) -> None:
+            synchronize(c.device)
+            self.report(
+                Progress(
+                    "denoise", number * schedule.steps + step, total, preview=partial(self.preview, estimate, grid)
+                )
+            )
+
+        with self.stage("denoise"), c.hold_transformer():
+            start = layout.pack(noise).to(c.device, text.dtype)
+            return denoise(c.transformer, start, schedule, conditions, on_step), grid
+
+    def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+        """A small picture of an estimate of the latents, at most 16 tokens long."""
+        import torch
+        import torch.nn.functional as F
+
+        from . import latents as layout
+
+        c = self.flux._components
+        with c.hold_vae(), torch.inference_mode():
+            z = layout.unpack(estimate[:1], *grid)
+            scale = 16 / max(grid)
+            if scale < 1:
+                z = F.interpolate(z, scale_factor=scale, mode="area")
+            return images.from_pixels(c.vae.decode(z.to(c.vae.dtype)))
+
+    def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+        """Latents -> picture of the size that was asked for."""
+        import torch
+
+        from . import latents as layout
+
+        c = self.flux._components
+        with self.stage("decode"), c.hold_vae(), torch.inference_mode():
+            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *grid)))
+        return images.crop(picture, *self.request.size)
+
+    def check(self, pictures: list[Image.Image]) -> list[tuple[Image.Image, bool]]:
+        """Each picture with its flag; flagged ones blackened."""
+        checker = self.flux._checker
+        if not self.request.enable_safety_checker or checker is None:
+            return [(picture, False) for picture in pictures]
+        with self.stage("safety"):
+            flags = [checker(picture) for picture in pictures]
+        return [(images.black(p) if bad else p, bad) for p, bad in zip(pictures, flags, strict=True)]
+
+    def finish(self, checked: list[tuple[Image.Image, bool]], prompt: str) -> tuple[ImageFile, ...]:
+        """Encode the pictures with their settings inside."""
+        request = self.request
+        assert request.seed is not None
+        out = []
+        with self.stage("finish"):
+            for number, (picture, _) in enumerate(checked):
+                seed = request.seed + number
+                settings = self.settings(seed, prompt)
+                data = images.encode(picture, request.output_format, settings)
+                name = f"{slug(request.prompt)}-{seed}{images.SUFFIXES[request.output_format]}"
+                kind = images.CONTENT_TYPES[request.output_format]
+                out.append(ImageFile(data, picture.width, picture.height, kind, name, settings))
+        return tuple(out)
+
+    def settings(self, seed: int, prompt: str) -> dict[str, Any]:
+        """What a picture's metadata says: enough to make it again."""
+        flux, request = self.flux, self.request
+        fields = request.model_dump(
+            exclude={"images", "seed", "num_images", "sync_mode", "acceleration"}, exclude_none=True
+        )
+        settings = {
+            "version": __version__,
+            "model": flux.checkpoint.source,
+            "variant": flux.settings.variant,
+            "acceleration": request.acceleration or flux.plan.acceleration,
+            "dtype": flux.plan.dtype,
+            "seed": seed,
+            "steps": flux.steps(request),
+            **fields,
+        }
+        if prompt != request.prompt:
+            settings["expanded_prompt"] = prompt
+        if flux.settings.adapters:
+            settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
+        if request.images:
+            settings["images"] = [
+                s if isinstance(s, str) and not s.startswith("data:") else str(type(s).__name__) for s in request.images
+            ]
+        return settings
+
+
+def slug(prompt: str) -> str:
+    """A file name's worth of a prompt."""
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    return "-".join(words)[:48].rstrip("-") or "image"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, where it has one."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

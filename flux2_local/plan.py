@@ -1,0 +1,252 @@
+"""Request + model + hardware -> :class:`Plan`: what will run, why, and what lost.
+
+A plan is a frozen value. Loading builds exactly what it says, and nothing outside it changes behaviour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from . import costs
+from .costs import Architecture, Work
+from .errors import BudgetError
+from .hardware import Hardware
+from .presets import Tier, show_bytes
+from .request import Acceleration, Variant
+
+Placement = Literal["resident", "staged"]
+SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
+"""Bytes left to the CUDA context or to the operating system."""
+
+TILE_PIXELS = 768 * 768
+"""Pictures above this may be decoded in tiles where memory is short."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: what was chosen, why, and every candidate that lost with its reason."""
+
+    what: str
+    value: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """How one network is held: its weights' format and where they stay."""
+
+    format: str
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first tensor is read.
+
+    Attributes:
+        model, variant, acceleration: what was asked for.
+        device: torch's name of the device that computes.
+        dtype: of activations.
+        transformer, text_encoder, vae: format and placement of the three networks.
+        attention: the attention backend.
+        ops: the implementation of what lies between the matmuls.
+        compile: "off", or what is compiled.
+        cache: the step-cache policy's name, "off" for none.
+        batch: pictures denoised together.
+        vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
+        channels_last: whether convolutions run in channels-last layout.
+        load_seconds, encode_seconds, step_seconds, decode_seconds: predictions for ``work``.
+        peak_bytes: predicted peak of device memory.
+        work: the request that predictions are for.
+        choices: every decision with its reason.
+    """
+
+    model: str
+    variant: Variant
+    acceleration: Acceleration
+    device: str
+    dtype: str
+    transformer: ComponentPlan
+    text_encoder: ComponentPlan
+    vae: ComponentPlan
+    attention: str
+    ops: str
+    compile: str
+    cache: str
+    batch: int
+    vae_tile: int
+    channels_last: bool
+    encode_seconds: float
+    step_seconds: float
+    decode_seconds: float
+    peak_bytes: int
+    work: Work
+    choices: tuple[Choice, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds for one picture of ``work``, loading not included."""
+        return self.encode_seconds + self.work.steps * self.step_seconds + self.decode_seconds
+
+    def __str__(self) -> str:
+        return explain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for ``--json``."""
+        from dataclasses import asdict
+
+        return {**asdict(self), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is to be planned for: a model's architecture, a variant, a tier and a request's size."""
+
+    model: str
+    variant: Variant
+    tier: Tier
+    arch: Architecture
+    work: Work
+
+
+def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: str | None = None) -> Plan:
+    """Choose how to run.
+
+    Args:
+        need: what is asked for.
+        hardware: what there is.
+        budget: bytes of device memory that must not be exceeded; what is free where None.
+        dtype: compute type, where the caller insists on one.
+
+    Raises:
+        BudgetError: nothing fits; it carries the smallest budget that would.
+    """
+    kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
+    limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
+    candidates = [Candidate(need, dtype, placement, tile) for placement in placements(hardware) for tile in (0, 512)]
+    winner = next((c for c in candidates if c.peak <= limit), None)
+    if winner is None:
+        smallest = min(c.peak for c in candidates) + SYSTEM_RESERVE[hardware.kind]
+        raise BudgetError(
+            f"{need.model} at {need.work.width}×{need.work.height} needs at least {show_bytes(smallest)} of "
+            f"{'memory' if hardware.kind == 'cpu' else 'device memory'} on {hardware.name} in {dtype}, and "
+            f"{show_bytes(max(0, limit + SYSTEM_RESERVE[hardware.kind]))} may be used. Give it more (--vram), free some, or use "
+            f"a smaller model or picture.",
+            smallest,
+        )
+    rejected = tuple(
+        (c.name, f"needs {show_bytes(c.peak)}, {show_bytes(limit)} may be used")
+        for c in candidates[: candidates.index(winner)]
+    )
+    rate = hardware.flops.get(dtype, hardware.flops["float32"])
+    arch, work = need.arch, need.work
+    held = ComponentPlan(dtype, winner.placement)
+    return Plan(
+        model=need.model,
+        variant=need.variant,
+        acceleration=need.tier.name,
+        device=hardware.device,
+        dtype=dtype,
+        transformer=held,
+        text_encoder=held,
+        vae=held,
+        attention="sdpa",
+        ops="reference",
+        compile="off",
+        cache="off",
+        batch=1,
+        vae_tile=winner.tile,
+        channels_last=not need.tier.exact,
+        encode_seconds=costs.encode_flops(arch) / rate,
+        step_seconds=costs.step_flops(arch, work) / rate,
+        decode_seconds=costs.decode_flops(arch, work.width, work.height) / rate,
+        peak_bytes=winner.peak,
+        work=work,
+        choices=(
+            kind_choice,
+            Choice("placement", winner.name, winner.reason, rejected),
+            Choice("attention", "sdpa", "torch's own scaled dot product attention picks its fastest kernel"),
+            layout_choice(need.tier),
+        ),
+    )
+
+
+def built(plan: Plan) -> tuple[Any, ...]:
+    """The part of a plan that loading turns into weights."""
+    return plan.device, plan.dtype, plan.transformer, plan.text_encoder, plan.vae, plan.channels_last
+
+
+def layout_choice(tier: Tier) -> Choice:
+    if tier.exact:
+        return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
+    return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")
+
+
+def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Choice, str]:
+    """The compute type: what was asked for, or the first of the tier's that this device runs at full rate."""
+    if asked is not None:
+        return Choice("dtype", asked, "asked for"), asked
+    wanted = tier.dtypes[hardware.kind]
+    rejected: list[tuple[str, str]] = []
+    for dtype in wanted:
+        if dtype in hardware.fast_dtypes or dtype == wanted[-1]:
+            why = "what the exact tier runs in" if tier.exact else f"{hardware.name} runs it at full rate"
+            if dtype == "float32" and not tier.exact:
+                why = "the only type that this device runs well"
+            return Choice("dtype", dtype, why, tuple(rejected)), dtype
+        rejected.append((dtype, f"{hardware.name} has no fast {dtype} matrix products"))
+    raise AssertionError("a tier without dtypes")
+
+
+def placements(hardware: Hardware) -> tuple[Placement, ...]:
+    """Candidate placements, fastest first. Where device and host share their memory, staging gains nothing."""
+    return ("resident", "staged") if hardware.kind == "cuda" else ("resident",)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of holding the networks, with its peak of device memory."""
+
+    need: Need
+    dtype: str
+    placement: Placement
+    tile: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.placement}, {f'decoded in {self.tile}-pixel tiles' if self.tile else 'decoded whole'}"
+
+    @property
+    def reason(self) -> str:
+        where = (
+            "everything stays on the device" if self.placement == "resident" else "one network at a time on the device"
+        )
+        return f"the fastest that fits: {where}, peak {show_bytes(self.peak)}"
+
+    @property
+    def peak(self) -> int:
+        arch, width = self.need.arch, costs.WIDTH[self.dtype]
+        held = {name: n * width for name, n in costs.parameters(arch).items()}
+        step = costs.step_activations(arch, self.need.work, self.dtype)
+        tiled = replace(self.need.work, width=self.tile, height=self.tile) if self.tile else self.need.work
+        decode = costs.decode_activations(arch, tiled, self.dtype)
+        if self.placement == "resident":
+            return sum(held.values()) + max(step, decode)
+        return max(held["text_encoder"], held["transformer"] + step, held["vae"] + decode)
+
+
+def explain(plan: Plan) -> str:
+    """The plan in words: what runs, each choice with its reason, and each candidate that lost."""
+    work = plan.work
+    lines = [
+        f"{plan.model}, {plan.variant}, acceleration {plan.acceleration}, on {plan.device}",
+        f"  predicted for {work.width}×{work.height}, {work.steps} steps: {plan.seconds:.1f} s "
+        f"(prompt {plan.encode_seconds:.2f}, steps {work.steps} × {plan.step_seconds:.3f}, decode {plan.decode_seconds:.2f}), "
+        f"peak {show_bytes(plan.peak_bytes)}",
+    ]
+    for choice in plan.choices:
+        lines.append(f"  {choice.what}: {choice.value} — {choice.reason}")
+        lines += [f"    not {name}: {why}" for name, why in choice.rejected]
+    return "\n".join(lines)

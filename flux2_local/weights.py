@@ -1,0 +1,202 @@
+"""Reading weight files: safetensors folders, single files and GGUF, into modules made on the meta device.
+
+Only safetensors and GGUF are ever opened; what could run code when it is read is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PickleRefusedError, WeightsDamagedError
+from .files import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FETCH_AGAIN = "Fetch it again (`flux2-local download` repairs a model that it knows)."
+
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise PickleRefusedError where ``path`` is named like a pickle."""
+    if path.suffix.lower() in PICKLES:
+        raise PickleRefusedError(
+            f"{path.name} is a pickle file, which can run any code when it is loaded; flux2-local never opens one. Use the "
+            f"model's .safetensors or .gguf file."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        WeightsDamagedError: missing, unreadable or not an object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsDamagedError(f"{path} cannot be read: {reason(error)}. {FETCH_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise WeightsDamagedError(f"{path} does not hold a JSON object. {FETCH_AGAIN}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component's folder: those its index names, or all of them.
+
+    Raises:
+        WeightsDamagedError: a file that the index names is missing, or there is none.
+        PickleRefusedError: the folder holds only pickles.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise WeightsDamagedError(f"{folder} lacks {', '.join(missing)}, which its index names. {FETCH_AGAIN}")
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        for path in sorted(folder.glob("*")):
+            refuse_pickle(path)
+        raise WeightsDamagedError(f"There is no .safetensors file in {folder}. {FETCH_AGAIN}")
+    return found
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensor name -> dtype, shape, data_offsets. Checks the file's length against it.
+
+    Raises:
+        WeightsDamagedError: not a safetensors file, or shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if not 2 <= length <= min(size - 8, 100 * 2**20):
+                raise ValueError("its header length makes no sense")
+            entries = json.loads(f.read(length))
+        entries.pop("__metadata__", None)
+        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise WeightsDamagedError(
+            f"{path} is not a readable safetensors file: {reason(error)}. {FETCH_AGAIN}"
+        ) from error
+    if 8 + length + end != size:
+        raise WeightsDamagedError(
+            f"{path} is damaged: its header describes {8 + length + end} bytes and it has {size}. {FETCH_AGAIN}"
+        )
+    return entries
+
+
+def read_files(paths: list[Path]) -> Tensors:
+    """Every tensor of some safetensors files, mapped from the disk rather than copied."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        header(path)
+        try:
+            with safe_open(path, "pt") as f:
+                for name in f.keys():  # noqa: SIM118
+                    yield name, f.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsDamagedError(f"{path} cannot be read: {reason(error)}. {FETCH_AGAIN}") from error
+
+
+def read_gguf(path: Path) -> Tensors:
+    """Every tensor of a GGUF file, dequantised to float32 (16-bit floats stay as they are)."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:
+        raise WeightsDamagedError(f"{path} is not a readable GGUF file: {error}. {FETCH_AGAIN}") from error
+    for entry in reader.tensors:
+        shape = [int(n) for n in reversed(entry.shape)]
+        kind = entry.tensor_type
+        if kind == gguf.GGMLQuantizationType.BF16:
+            value = torch.from_numpy(entry.data.view("uint8").copy()).view(torch.bfloat16)
+        elif kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
+            value = torch.from_numpy(entry.data.copy())
+        else:
+            try:
+                value = torch.from_numpy(gguf.quants.dequantize(entry.data, kind))
+            except NotImplementedError as error:
+                raise WeightsDamagedError(
+                    f"{path.name} stores {entry.name} as {kind.name}, which cannot be read here. Use a Q8_0, Q6_K, Q5_K, "
+                    f"Q4_K or 16-bit file."
+                ) from error
+        yield str(entry.name), value.reshape(shape)
+
+
+def hub_names(tensors: Tensors) -> dict[str, Tensor]:
+    """A single-file transformer's tensors under the hub layout's names (from BFL's names, where it has those)."""
+    state = {name.removeprefix("model.diffusion_model."): value for name, value in tensors}
+    if any(name.startswith(("double_blocks.", "single_blocks.")) for name in state):
+        from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+        state = convert_flux2_transformer_checkpoint_to_diffusers(state)
+    return state
+
+
+def fill(
+    module: nn.Module,
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype,
+    source: str,
+    rename: Callable[[str], str | None] | None = None,
+    keep_dtype: tuple[str, ...] = (),
+) -> None:
+    """Give a module on the meta device its weights.
+
+    Args:
+        module: parameters and buffers are replaced, not copied into.
+        tensors: the checkpoint; names that the module has not are passed over.
+        dtype: floating-point tensors are converted to it.
+        source: what to call the checkpoint in errors.
+        rename: checkpoint name -> module name, or None to pass over.
+        keep_dtype: names that start so keep their own type.
+
+    Raises:
+        WeightsDamagedError: a tensor is missing or has another shape.
+    """
+    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in tensors:
+        target = rename(name) if rename else name
+        if target is None or target not in wanted:
+            continue
+        expected = wanted.pop(target)
+        if expected.shape != value.shape:
+            raise WeightsDamagedError(
+                f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
+                f"belongs to another model, or its config.json does."
+            )
+        if value.is_floating_point() and not target.startswith(keep_dtype or ("\0",)):
+            value = value.to(dtype)
+        assign(module, target, value)
+    if wanted:
+        some = ", ".join(sorted(wanted)[:3])
+        raise WeightsDamagedError(
+            f"{source} lacks {len(wanted)} tensors ({some}…). The download is incomplete. {FETCH_AGAIN}"
+        )
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer by its dotted name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value

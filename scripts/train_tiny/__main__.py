@@ -1,0 +1,48 @@
+"""Command line of the recipe: ``python -m scripts.train_tiny STAGE --work DIR --minutes N``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+
+from .trainer import Run
+
+STAGES = {
+    "autoencoder": "pictures <-> latents (AutoencoderKLFlux2)",
+    "tokenizer": "byte-level BPE over captions",
+    "language": "prompts -> hidden states, short prompts -> rich ones (Mistral-3)",
+    "latents": "the transformer's pictures, drawn and encoded once",
+    "flow": "the transformer, by rectified flow",
+    "guidance": "guidance distillation of the transformer",
+    "trajectories": "the guided transformer's own paths, for the two step distillations",
+    "turbo": "step distillation to 8 steps, a LoRA",
+    "flash": "step distillation to 4 steps, a LoRA",
+    "export": "everything in the hub layout, 16-bit, into --out",
+}
+
+
+MODULES = {"guidance": "flow", "trajectories": "steps", "turbo": "steps", "flash": "steps"}
+"""Stages that live in another stage's module, as ``train_<stage>``."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.train_tiny", description=__doc__)
+    parser.add_argument("stage", choices=STAGES, help="; ".join(f"{k}: {v}" for k, v in STAGES.items()))
+    parser.add_argument("--work", type=Path, default=Path("build/train_tiny"), help="data, checkpoints, samples")
+    parser.add_argument("--minutes", type=float, default=30, help="how long to train in this call (default 30)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--eager", action="store_true", help="do not compile the training step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("flux2_local/tiny"), help="where export writes")
+    args = parser.parse_args()
+    run = Run(args.work, args.minutes, args.device, not args.eager, args.seed, args.out)
+    module = MODULES.get(args.stage, args.stage)
+    function = "train" if module == args.stage and args.stage != "flow" else f"train_{args.stage}"
+    getattr(importlib.import_module(f".{module}", __package__), function)(run)
+
+
+if __name__ == "__main__":
+    main()

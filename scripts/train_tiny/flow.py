@@ -1,0 +1,152 @@
+"""Stages 5 and 6: the transformer. ``flow`` learns the velocity field, ``guidance`` bakes classifier-free guidance in.
+
+``flow`` is rectified flow (arXiv:2209.03003): x = (1-σ)·picture + σ·noise, the model predicts noise - picture; one prompt
+in ten is empty. ``guidance`` (arXiv:2210.03142) then teaches the same network to answer, for the guidance scale w on its
+guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of its teacher answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from torch import Tensor
+
+from . import language, latents, tokenizer
+from .captions import caption, rich
+from .network import TEXT_TOKENS, build, rotary, velocity
+from .sample import reporter
+from .scenes import random_scene
+from .trainer import Run, Trainer, load_ema, load_state
+
+TOKENS_PER_BATCH = 13_000
+SQUARE = (16, 16)
+MAX_GUIDANCE = 10.0
+
+
+class Reader:
+    """Prompt -> what the transformer reads, exactly as the pipeline's prompt encoding makes it."""
+
+    def __init__(self, run: Run) -> None:
+        self.device = run.device
+        self.tokenizer = tokenizer.load(run.work).backend_tokenizer
+        self.tokenizer.enable_truncation(TEXT_TOKENS)
+        self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
+        model = language.build(tokenizer.load(run.work))
+        load_language(run.path("language.safetensors"), model)
+        self.model = model.model.language_model.to(run.device, torch.bfloat16).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """bf16 [B, TEXT_TOKENS, 384]."""
+        lines = [f"<s>[DESCRIBE][INST]{p}[/INST]" for p in prompts]
+        rows = self.tokenizer.encode_batch(lines, add_special_tokens=False)
+        ids = torch.tensor([e.ids for e in rows], device=self.device)
+        mask = torch.tensor([e.attention_mask for e in rows], device=self.device)
+        hidden = self.model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return torch.cat([hidden[i] for i in language.OUT_LAYERS], -1)
+
+
+def load_language(path: Path, model: torch.nn.Module) -> None:
+    """Load the averaged language weights; the picture encoder has none to load."""
+    state, _ = load_state(path)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if f"ema.{name}" in state:
+                p.copy_(state[f"ema.{name}"])
+
+
+class Samples:
+    """Endless batches of one picture size each: noised latents, target, prompt embeddings."""
+
+    def __init__(self, run: Run, reader: Reader, shares: dict[tuple[int, int], float]) -> None:
+        self.run, self.reader = run, reader
+        self.shares = shares
+        self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
+        self.rng = random.Random()
+
+    def draw(self) -> tuple[Tensor, list[str], tuple[int, int]]:
+        """Packed latents [B, N, 128] float32, their captions, their size in tokens."""
+        bucket = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
+        rows, (_, seed0) = self.rows[bucket], latents.BUCKETS[bucket]
+        count = TOKENS_PER_BATCH // (rows.shape[1] + TEXT_TOKENS)
+        chosen = sorted(self.rng.sample(range(len(rows)), count))
+        scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
+        words = [rich(s, self.rng) if self.rng.random() < 0.2 else caption(s, self.rng) for s in scenes]
+        return torch.from_numpy(rows[chosen]).float().to(self.run.device), words, bucket
+
+    def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by 3 towards noise."""
+        u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
+        sigma = 3 * u / (1 + 2 * u)
+        noise = torch.randn_like(x0)
+        s = sigma[:, None, None]
+        return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
+
+
+def shares(run: Run) -> dict[tuple[int, int], float]:
+    """How often each picture size comes up: squares of 512 mostly, and every size whose latents are there."""
+    there = {b for b in latents.BUCKETS if latents.path_of(run, b).exists()}
+    return {b: 6.0 if b == SQUARE else 1.5 if b == (24, 32) else 0.6 for b in latents.BUCKETS if b in there}
+
+
+def flow_batches(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
+    while True:
+        x0, words, bucket = samples.draw()
+        text = samples.reader([w if samples.rng.random() > 0.1 else "" for w in words])
+        x, sigma, target = samples.noised(x0)
+        cos, sin = rotary(*bucket, TEXT_TOKENS, samples.run.device)
+        yield x, text, sigma, target, cos, sin
+
+
+def flow_loss(model: Flux2Transformer2DModel, x: Tensor, text: Tensor, sigma: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # fmt: skip
+    one = torch.ones_like(sigma)
+    return F.mse_loss(velocity(model, x, text, sigma, one, (cos, sin)), target)
+
+
+def train_flow(run: Run) -> None:
+    torch._dynamo.config.recompile_limit = 64
+    model = build().to(run.device)
+    trainer = Trainer(run, "flow", model, lr=1e-3, ema=0.9995)
+    samples = Samples(run, Reader(run), shares(run))
+    report = reporter(run, "flow", trainer, samples.reader, None)
+    trainer.fit(flow_batches(samples), lambda *b: flow_loss(model, *b), report)
+
+
+def train_guidance(run: Run) -> None:
+    torch._dynamo.config.recompile_limit = 64
+    teacher = build().to(run.device)
+    load_ema(run.path("flow.safetensors"), teacher)
+    teacher.requires_grad_(False)
+    student = build().to(run.device)
+    student.load_state_dict(teacher.state_dict())
+    trainer = Trainer(run, "guidance", student, lr=3e-4, ema=0.999)
+    samples = Samples(run, Reader(run), shares(run))
+    empty = samples.reader([""])
+
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        ask = torch.compile(velocity, dynamic=False) if run.compile else velocity
+        while True:
+            x0, words, bucket = samples.draw()
+            text = samples.reader([w if samples.rng.random() > 0.05 else "" for w in words])
+            x, sigma, _ = samples.noised(x0)
+            tables = rotary(*bucket, TEXT_TOKENS, run.device)
+            w = 1 + (MAX_GUIDANCE - 1) * torch.rand_like(sigma) ** 2
+            with torch.no_grad():
+                one = torch.ones_like(sigma)
+                yes = ask(teacher, x, text, sigma, one, tables)
+                no = ask(teacher, x, empty.expand(len(x), -1, -1).contiguous(), sigma, one, tables)
+            yield x, text, sigma, w, no + w[:, None, None] * (yes - no), *tables
+
+    def loss(x: Tensor, text: Tensor, sigma: Tensor, w: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
+
+    report = reporter(run, "guidance", trainer, samples.reader, 2.5)
+    trainer.fit(batches(), loss, report)

@@ -1,0 +1,520 @@
+"""Scene -> picture. Everything is drawn here, with gradients, polygons and ellipses; no picture is read from anywhere.
+
+Drawn at twice the size and averaged down, so edges are smooth at any resolution. Lengths are fractions of the shorter
+side, so that a scene looks alike at every size and aspect ratio.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .lettering import draw_word, word_width
+from .scenes import Scene, Sign, Thing
+
+RGB = tuple[int, int, int]
+
+SKIES: dict[str, tuple[RGB, RGB]] = {  # time: (zenith, horizon)
+    "day": ((62, 132, 214), (186, 220, 246)),
+    "dawn": ((128, 150, 212), (252, 206, 190)),
+    "dusk": ((70, 56, 118), (250, 146, 84)),
+    "night": ((9, 13, 38), (40, 52, 100)),
+}
+AMBIENT: dict[str, tuple[float, float, float]] = {  # how the hour tints whatever is not sky
+    "day": (1.0, 1.0, 1.0),
+    "dawn": (0.98, 0.90, 0.90),
+    "dusk": (0.92, 0.76, 0.72),
+    "night": (0.50, 0.55, 0.72),
+}
+GROUND: dict[str, RGB] = {
+    "grass": (104, 172, 80),
+    "sand": (232, 202, 142),
+    "snow": (238, 243, 250),
+    "sea": (40, 116, 172),
+}
+PAINT: dict[str, RGB] = {
+    "red": (212, 44, 44),
+    "orange": (242, 136, 36),
+    "yellow": (248, 214, 52),
+    "green": (46, 158, 74),
+    "blue": (44, 96, 214),
+    "purple": (136, 60, 178),
+    "pink": (246, 140, 186),
+    "white": (246, 246, 246),
+}
+HEIGHT = {"small": 0.15, "medium": 0.25, "large": 0.38}  # of the shorter side
+PLACE = {"left": 0.21, "center": 0.5, "right": 0.79}  # of the width
+SUPERSAMPLE = 2
+
+
+def mix(a: RGB, b: RGB, t: float) -> RGB:
+    """Linear interpolation from ``a`` (t=0) to ``b`` (t=1)."""
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+class Painter:
+    """A canvas with the light of one scene. Coordinates are canvas pixels; ``u`` is the shorter side."""
+
+    def __init__(self, scene: Scene, width: int, height: int) -> None:
+        self.scene = scene
+        self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
+        self.u = min(self.w, self.h)
+        self.rng = random.Random(scene.seed)
+        self.horizon = self.h * self.rng.uniform(0.55, 0.61)
+        ambient = np.array(AMBIENT[scene.time])
+        if scene.weather in ("rain", "snow"):
+            ambient = ambient * 0.9
+        self.ambient = ambient
+        self.image = Image.new("RGB", (self.w, self.h))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def lit(self, colour: RGB, shade: float = 1.0) -> RGB:
+        """``colour`` under the scene's light, times ``shade``."""
+        return tuple(int(min(255, c * a * shade)) for c, a in zip(colour, self.ambient, strict=True))  # type: ignore[return-value]
+
+    def gradient(self, top: float, bottom: float, colours: list[RGB]) -> None:
+        """Fill rows top..bottom with a smooth vertical gradient through ``colours``."""
+        y0, y1 = max(0, round(top)), min(self.h, round(bottom))
+        position = np.linspace(0, len(colours) - 1, y1 - y0)
+        table = np.array(colours, dtype=np.float64)
+        rows = np.stack([np.interp(position, range(len(colours)), table[:, c]) for c in range(3)], -1)
+        strip = Image.fromarray(np.rint(rows).astype(np.uint8)[:, None, :]).resize((self.w, y1 - y0))
+        self.image.paste(strip, (0, y0))
+
+    def glow(self, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
+        """Blend a soft disc of light over what is there."""
+        size = max(2, round(radius / 8))
+        axis = np.linspace(-1, 1, 2 * size)
+        fall = np.clip(1 - np.sqrt(axis[:, None] ** 2 + axis[None] ** 2), 0, 1) ** 2 * strength * 255
+        mask = Image.fromarray(fall.astype(np.uint8)).resize((round(2 * radius),) * 2, Image.Resampling.BILINEAR)
+        self.image.paste(colour, (round(x - radius), round(y - radius)), mask)
+
+    def disc(self, x: float, y: float, rx: float, colour: RGB, ry: float | None = None) -> None:
+        ry = rx if ry is None else ry
+        self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
+
+    def poly(self, points: list[tuple[float, float]], colour: RGB) -> None:
+        self.draw.polygon(points, fill=colour)
+
+    def rect(self, x0: float, y0: float, x1: float, y1: float, colour: RGB) -> None:
+        self.draw.rectangle((x0, y0, x1, y1), fill=colour)
+
+    # ---- scenery, from far to near ----
+
+    def sky(self) -> None:
+        s = self.scene
+        top, low = SKIES[s.time]
+        if s.weather != "clear":
+            grey: RGB = {"day": (176, 184, 194), "dawn": (186, 178, 184), "dusk": (134, 112, 122), "night": (40, 44, 58)}[s.time]  # type: ignore[assignment]  # fmt: skip
+            t = 0.35 if s.weather == "cloudy" else 0.8
+            top, low = mix(top, grey, t), mix(low, grey, t * 0.8)
+        self.gradient(0, self.horizon + 2, [top, mix(top, low, 0.4), low])
+        if s.time == "night" and s.weather == "clear":
+            self.stars()
+        if s.orb:
+            self.orb()
+        if s.weather in ("cloudy", "rain", "snow"):
+            self.clouds(self.rng.randint(4, 6))
+        elif self.rng.random() < 0.4:
+            self.clouds(self.rng.randint(1, 2))
+
+    def stars(self) -> None:
+        for _ in range(self.rng.randint(25, 45)):
+            x, y = self.rng.uniform(0, self.w), self.rng.uniform(0, self.horizon * 0.85)
+            r = self.u * self.rng.uniform(0.0022, 0.0045)
+            self.disc(x, y, r, mix(SKIES["night"][0], (255, 255, 240), self.rng.uniform(0.6, 1.0)))
+
+    def orb(self) -> None:
+        s = self.scene
+        x = self.w * self.rng.uniform(0.12, 0.88)
+        if s.time == "night":
+            y, r = self.horizon * self.rng.uniform(0.15, 0.4), self.u * 0.055
+            self.glow(x, y, r * 4, (190, 200, 240), 0.5)
+            self.disc(x, y, r, (240, 240, 222))
+            for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
+                self.disc(x + dx * r, y + dy * r, k * r, (216, 216, 200))
+            return
+        low = s.time in ("dawn", "dusk")
+        y = self.horizon * (self.rng.uniform(0.72, 0.86) if low else self.rng.uniform(0.15, 0.35))
+        r = self.u * (0.075 if low else 0.06)
+        colour: RGB = {"day": (255, 244, 190), "dawn": (255, 226, 178), "dusk": (255, 196, 96)}[s.time]  # type: ignore[assignment]
+        self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
+        self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35))
+
+    def clouds(self, count: int) -> None:
+        s = self.scene
+        base: RGB = {"day": (250, 252, 255), "dawn": (255, 228, 222), "dusk": (236, 150, 126), "night": (66, 76, 112)}[s.time]  # type: ignore[assignment]  # fmt: skip
+        if s.weather in ("rain", "snow"):
+            base = mix(base, (120, 126, 138) if s.time != "night" else (34, 38, 52), 0.6)
+        for i in range(count):
+            x = self.w * ((i + self.rng.uniform(0.1, 0.9)) / count)
+            y = self.horizon * self.rng.uniform(0.12, 0.55)
+            size = self.u * self.rng.uniform(0.05, 0.085)
+            puffs = [(self.rng.uniform(-1.9, 1.9), self.rng.uniform(-0.45, 0.05), self.rng.uniform(0.55, 0.95)) for _ in range(5)]  # fmt: skip
+            for shade, drop in ((0.9, 0.22), (1.0, 0.0)):
+                colour = tuple(int(c * shade) for c in base)
+                for dx, dy, k in puffs:
+                    self.disc(x + dx * size, y + (dy + drop) * size, k * size, colour, k * size * 0.62)  # type: ignore[arg-type]
+
+    def backdrop(self) -> None:
+        kind = self.scene.backdrop
+        haze = SKIES[self.scene.time][1]
+        if kind == "mountains":
+            self.mountains(haze)
+        elif kind == "hills":
+            green = (96, 140, 92) if self.scene.ground != "snow" else (186, 198, 214)
+            for k, shade in ((0.5, 0.45), (0.3, 0.2)):
+                colour = mix(self.lit(green), haze, shade)
+                for i in range(-1, 4):
+                    x = self.w * (i + self.rng.uniform(0.2, 0.8)) / 3
+                    self.disc(x, self.horizon + self.u * 0.02, self.w * 0.3, colour, self.u * 0.3 * k)
+        elif kind == "city":
+            self.city(haze)
+
+    def mountains(self, haze: RGB) -> None:
+        for base, count, shade in ((0.30, 3, 0.5), (0.19, 4, 0.25)):
+            rock = mix(self.lit((98, 104, 128)), haze, shade)
+            for i in range(count):
+                x = self.w * (i + self.rng.uniform(0.2, 0.8)) / count
+                height = self.u * base * self.rng.uniform(0.75, 1.1)
+                half = height * self.rng.uniform(0.9, 1.25)
+                y = self.horizon + 2
+                self.poly([(x - half, y), (x, y - height), (x + half, y)], rock)
+                self.poly([(x, y - height), (x + half, y), (x + half * 0.2, y)], mix(rock, (30, 34, 60), 0.18))
+                if base > 0.25:
+                    k = 0.3
+                    snow = mix(self.lit((250, 252, 255)), haze, 0.2)
+                    self.poly([(x - half * k, y - height * (1 - k)), (x, y - height), (x + half * k, y - height * (1 - k)), (x + half * k * 0.3, y - height * (1 - k * 1.25)), (x - half * k * 0.3, y - height * (1 - k * 0.85))], snow)  # fmt: skip
+
+    def city(self, haze: RGB) -> None:
+        x = -self.u * 0.02
+        lights = self.scene.time in ("night", "dusk")
+        while x < self.w:
+            width = self.u * self.rng.uniform(0.06, 0.11)
+            height = self.u * self.rng.uniform(0.10, 0.27)
+            wall = mix(self.lit((110, 116, 138)), haze, self.rng.uniform(0.15, 0.4))
+            top = self.horizon - height
+            self.rect(x, top, x + width, self.horizon + 2, wall)
+            cell = width / 4
+            y = top + cell
+            while y < self.horizon - cell:
+                for k in range(3):
+                    on = self.rng.random() < 0.55
+                    pane = (255, 224, 140) if lights and on else mix(wall, (40, 46, 70), 0.35)
+                    self.rect(x + cell * (k + 0.7), y, x + cell * (k + 1.2), y + cell * 0.6, pane)
+                y += cell * 1.25
+            x += width * self.rng.uniform(1.0, 1.2)
+
+    def ground(self) -> None:
+        s = self.scene
+        near = self.lit(GROUND[s.ground])
+        far = mix(near, SKIES[s.time][1], 0.45 if s.ground != "sea" else 0.55)
+        self.gradient(self.horizon, self.h, [far, mix(far, near, 0.7), near])
+        if s.ground == "sea":
+            for i in range(9):
+                y = self.horizon + (self.h - self.horizon) * ((i + 0.6) / 9) ** 1.4
+                for _ in range(3):
+                    x, length = self.rng.uniform(0, self.w), self.u * (0.03 + 0.012 * i)
+                    crest = mix(self.pixel_row(y), (255, 255, 255), 0.28)
+                    self.disc(x, y, length, crest, self.u * (0.0022 + 0.0006 * i))
+        else:
+            tone = {"grass": (70, 130, 56), "sand": (206, 170, 110), "snow": (206, 216, 234)}[s.ground]
+            for i in range(7):
+                y = self.horizon + (self.h - self.horizon) * ((i + 0.7) / 7) ** 1.3
+                x, length = self.rng.uniform(0, self.w), self.u * self.rng.uniform(0.10, 0.2)
+                self.disc(x, y, length, mix(self.pixel_row(y), self.lit(tone), 0.35), self.u * (0.004 + 0.0022 * i))
+
+    def pixel_row(self, y: float) -> RGB:
+        """The colour of the picture's left edge at height y (grounds vary only with y where nothing stands)."""
+        return self.image.getpixel((0, min(self.h - 1, int(y))))  # type: ignore[return-value]
+
+    def trees(self) -> None:
+        if self.scene.trees == "none":
+            return
+        for i in range(self.rng.randint(3, 5)):
+            x = self.w * self.rng.uniform(0.03, 0.97)
+            y = self.horizon + self.u * (0.015 + 0.02 * i)
+            size = self.u * self.rng.uniform(0.13, 0.18)
+            self.rect(x - size * 0.06, y - size * 0.4, x + size * 0.06, y, self.lit((112, 78, 52)))
+            leaf = (54, 120, 62) if self.scene.trees == "round" else (36, 96, 72)
+            if self.scene.ground == "snow":
+                leaf = mix(leaf, (236, 242, 250), 0.3)
+            if self.scene.trees == "round":
+                for dx, dy, k, shade in ((0, -0.68, 0.34, 0.85), (-0.16, -0.58, 0.22, 1.0), (0.1, -0.78, 0.24, 1.12)):
+                    self.disc(x + dx * size, y + dy * size, k * size, self.lit(leaf, shade))
+            else:
+                for k, (top, base) in enumerate(((-1.15, -0.65), (-0.9, -0.4), (-0.65, -0.12))):
+                    half = size * (0.2 + 0.09 * k)
+                    self.poly([(x, y + top * size), (x + half, y + base * size), (x - half, y + base * size)], self.lit(leaf, 1.08 - 0.08 * k))  # fmt: skip
+
+    def falling(self) -> None:
+        s = self.scene
+        if s.weather == "rain":
+            colour = (168, 184, 206) if s.time != "night" else (92, 108, 144)
+            for _ in range(110):
+                x, y = self.rng.uniform(0, self.w * 1.1), self.rng.uniform(0, self.h)
+                d = self.u * 0.022
+                self.draw.line((x, y, x - d * 0.35, y + d), fill=colour, width=max(1, round(self.u * 0.0028)))
+        elif s.weather == "snow":
+            for _ in range(110):
+                x, y = self.rng.uniform(0, self.w), self.rng.uniform(0, self.h)
+                self.disc(x, y, self.u * self.rng.uniform(0.004, 0.0075), self.lit((255, 255, 255), 1.1))
+
+    # ---- things ----
+
+    def thing(self, thing: Thing) -> None:
+        size = self.u * HEIGHT[thing.size] * self.rng.uniform(0.94, 1.06)
+        x = self.w * (PLACE[thing.place] + self.rng.uniform(-0.03, 0.03))
+        depth = 0.42 if thing.size == "large" else 0.30
+        y = self.horizon + (self.h - self.horizon) * (depth + self.rng.uniform(-0.04, 0.06))
+        if thing.kind == "balloon":
+            y = self.horizon * self.rng.uniform(0.72, 0.84)
+        else:
+            self.footing(thing, x, y, size)
+        DRAW[thing.kind](self, x, y, size, PAINT[thing.colour])
+
+    def footing(self, thing: Thing, x: float, y: float, size: float) -> None:
+        """A shadow on land; on the sea a small island, except under a boat."""
+        if self.scene.ground == "sea":
+            if thing.kind == "boat":
+                self.disc(x, y, size * 0.62, mix(self.pixel_row(y), (10, 30, 70), 0.35), size * 0.07)
+            else:
+                self.disc(x, y + size * 0.05, size * 0.72, self.lit((196, 170, 118), 0.85), size * 0.15)
+                self.disc(x, y + size * 0.015, size * 0.66, self.lit((222, 196, 140)), size * 0.11)
+        else:
+            self.disc(x + size * 0.08, y, size * 0.5, mix(self.pixel_row(y), (20, 24, 40), 0.3), size * 0.07)
+
+    def window(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        dark = self.scene.time in ("night", "dusk")
+        self.rect(x0, y0, x1, y1, (255, 226, 136) if dark else self.lit((150, 196, 226)))
+
+    def sign(self, sign: Sign) -> None:
+        """A board on two posts; its letters are 1/15 of the shorter side high, less for long words."""
+        x = self.w * (PLACE[sign.place] + self.rng.uniform(-0.02, 0.02))
+        y = self.horizon + (self.h - self.horizon) * (0.36 + self.rng.uniform(-0.03, 0.05))
+        room = 0.30 * self.w if sign.place == "center" else 0.34 * self.w
+        unit = min(self.u * 0.0135, room / (word_width(sign.word) + 3))
+        half, tall = unit * (word_width(sign.word) + 3) / 2, unit * 10
+        bottom = y - unit * 7
+        x = min(max(x, half + unit), self.w - half - unit)
+        if self.scene.ground == "sea":
+            self.disc(x, y, half * 0.9, self.lit((222, 196, 140)), unit * 2)
+        for dx in (-0.55, 0.55):
+            self.rect(x + dx * half - unit * 0.7, bottom - unit, x + dx * half + unit * 0.7, y, self.lit((104, 70, 44)))
+        self.draw.rounded_rectangle((x - half, bottom - tall, x + half, bottom), unit * 1.2, self.lit((120, 82, 50)))
+        inset = unit * 0.7
+        board = mix(self.lit((236, 208, 160)), (236, 208, 160), 0.5)
+        self.draw.rounded_rectangle(
+            (x - half + inset, bottom - tall + inset, x + half - inset, bottom - inset), unit, board
+        )
+        draw_word(
+            self.draw, sign.word, x - word_width(sign.word) * unit / 2, bottom - tall / 2 - unit * 3, unit, (44, 28, 20)
+        )
+
+
+Draw = Callable[[Painter, float, float, float, RGB], None]
+
+
+def house(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    w = s * 0.52
+    p.rect(x - w, y - s * 0.58, x + w, y, p.lit(c))
+    p.rect(x + w * 0.55, y - s * 0.58, x + w, y, p.lit(c, 0.86))
+    p.rect(x + w * 0.4, y - s * 0.98, x + w * 0.62, y - s * 0.7, p.lit((120, 84, 76)))
+    p.poly([(x - w * 1.16, y - s * 0.56), (x, y - s), (x + w * 1.16, y - s * 0.56)], p.lit((112, 66, 56)))
+    p.rect(x - s * 0.1, y - s * 0.32, x + s * 0.1, y, p.lit((98, 66, 48)))
+    for dx in (-0.33, 0.33):
+        p.window(x + (dx - 0.09) * s, y - s * 0.46, x + (dx + 0.09) * s, y - s * 0.26)
+
+
+def boat(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    p.rect(x - s * 0.02, y - s, x + s * 0.02, y - s * 0.2, p.lit((96, 72, 54)))
+    p.poly(
+        [(x - s * 0.05, y - s * 0.96), (x - s * 0.05, y - s * 0.28), (x - s * 0.46, y - s * 0.28)],
+        p.lit((250, 248, 240)),
+    )
+    p.poly(
+        [(x + s * 0.05, y - s * 0.9), (x + s * 0.05, y - s * 0.28), (x + s * 0.4, y - s * 0.28)], p.lit((232, 228, 218))
+    )
+    p.poly([(x - s * 0.6, y - s * 0.24), (x + s * 0.6, y - s * 0.24), (x + s * 0.42, y), (x - s * 0.42, y)], p.lit(c))
+    p.poly([(x - s * 0.6, y - s * 0.24), (x + s * 0.6, y - s * 0.24), (x + s * 0.56, y - s * 0.18), (x - s * 0.56, y - s * 0.18)], p.lit(c, 0.8))  # fmt: skip
+
+
+def lighthouse(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    s = s * 1.25
+    if p.scene.time in ("night", "dusk"):
+        p.glow(x, y - s * 0.86, s * 0.42, (255, 240, 170), 0.85)
+    wide, thin = s * 0.17, s * 0.105
+    for k in range(5):
+        y0, y1 = y - s * 0.76 * k / 5, y - s * 0.76 * (k + 1) / 5
+        a, b = wide + (thin - wide) * k / 5, wide + (thin - wide) * (k + 1) / 5
+        paint = c if k % 2 == 0 else ((250, 250, 246) if c != PAINT["white"] else (150, 150, 158))
+        p.poly([(x - a, y0), (x + a, y0), (x + b, y1), (x - b, y1)], p.lit(paint))
+        p.poly([(x + a * 0.45, y0), (x + a, y0), (x + b, y1), (x + b * 0.45, y1)], p.lit(paint, 0.84))
+    p.rect(x - thin * 1.35, y - s * 0.79, x + thin * 1.35, y - s * 0.755, p.lit((70, 70, 82)))
+    p.rect(x - thin * 0.8, y - s * 0.9, x + thin * 0.8, y - s * 0.79, (255, 240, 160) if p.scene.time in ("night", "dusk") else p.lit((190, 220, 236)))  # fmt: skip
+    p.poly([(x - thin * 1.1, y - s * 0.9), (x, y - s), (x + thin * 1.1, y - s * 0.9)], p.lit(c, 0.85))
+
+
+def car(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    s = s * 1.1
+    p.poly([(x - s * 0.36, y - s * 0.4), (x - s * 0.22, y - s * 0.66), (x + s * 0.2, y - s * 0.66), (x + s * 0.4, y - s * 0.4)], p.lit(c, 0.92))  # fmt: skip
+    p.poly([(x - s * 0.27, y - s * 0.4), (x - s * 0.18, y - s * 0.6), (x - s * 0.02, y - s * 0.6), (x - s * 0.02, y - s * 0.4)], p.lit((168, 206, 228)))  # fmt: skip
+    p.poly([(x + s * 0.03, y - s * 0.4), (x + s * 0.03, y - s * 0.6), (x + s * 0.17, y - s * 0.6), (x + s * 0.3, y - s * 0.4)], p.lit((168, 206, 228)))  # fmt: skip
+    p.draw.rounded_rectangle((x - s * 0.62, y - s * 0.42, x + s * 0.62, y - s * 0.1), s * 0.08, p.lit(c))
+    for dx in (-0.34, 0.36):
+        p.disc(x + dx * s, y - s * 0.1, s * 0.13, p.lit((38, 38, 44)))
+        p.disc(x + dx * s, y - s * 0.1, s * 0.06, p.lit((186, 188, 194)))
+    p.disc(x + s * 0.57, y - s * 0.29, s * 0.045, (255, 244, 190))
+
+
+def balloon(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    top, r = y - s * 0.62, s * 0.4
+    for dx in (-0.16, 0.16):
+        p.draw.line(
+            (x + dx * s, top + r * 0.7, x + dx * s * 0.5, y - s * 0.1),
+            fill=p.lit((84, 66, 54)),
+            width=max(1, round(s * 0.018)),
+        )
+    p.poly([(x - r * 0.86, top + r * 0.5), (x + r * 0.86, top + r * 0.5), (x + s * 0.09, y - s * 0.14), (x - s * 0.09, y - s * 0.14)], p.lit(c))  # fmt: skip
+    p.disc(x, top, r, p.lit(c))
+    light = mix(p.lit(c), (255, 255, 255), 0.45)
+    p.disc(x, top, r * 0.45, light, r)
+    p.disc(x, top, r * 0.16, p.lit(c), r)
+    p.rect(x - s * 0.09, y - s * 0.13, x + s * 0.09, y, p.lit((150, 104, 62)))
+
+
+def ball(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    r = s * 0.46
+    p.disc(x, y - r, r, p.lit(c, 0.82))
+    p.disc(x - r * 0.08, y - r * 1.08, r * 0.88, p.lit(c))
+    p.disc(x - r * 0.32, y - r * 1.38, r * 0.24, mix(p.lit(c), (255, 255, 255), 0.55))
+
+
+def box(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    a, d = s * 0.4, s * 0.2
+    p.rect(x - a - d / 2, y - 2 * a, x + a - d / 2, y, p.lit(c))
+    p.poly([(x - a - d / 2, y - 2 * a), (x - a + d / 2, y - 2 * a - d), (x + a + d / 2, y - 2 * a - d), (x + a - d / 2, y - 2 * a)], mix(p.lit(c), (255, 255, 255), 0.3))  # fmt: skip
+    p.poly([(x + a - d / 2, y), (x + a + d / 2, y - d), (x + a + d / 2, y - 2 * a - d), (x + a - d / 2, y - 2 * a)], p.lit(c, 0.7))  # fmt: skip
+
+
+def pyramid(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    p.poly([(x - s * 0.56, y), (x, y - s), (x + s * 0.56, y)], p.lit(c))
+    p.poly([(x + s * 0.16, y), (x, y - s), (x + s * 0.56, y)], p.lit(c, 0.72))
+
+
+def star(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    cy, points = y - s * 0.46, []
+    for i in range(10):
+        r, a = (s * 0.54, s * 0.54)[0] * (1 if i % 2 == 0 else 0.44), -math.pi / 2 + i * math.pi / 5
+        points.append((x + r * math.cos(a), cy + r * math.sin(a)))
+    p.poly(points, p.lit(c))
+    p.poly([points[0], points[1], (x, cy)], mix(p.lit(c), (255, 255, 255), 0.3))
+    p.poly([points[0], points[9], (x, cy)], p.lit(c, 0.82))
+
+
+def heart(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    r = s * 0.265
+    for dx in (-r * 0.94, r * 0.94):
+        p.disc(x + dx, y - s * 0.69, r, p.lit(c))
+    p.poly([(x - r * 1.82, y - s * 0.57), (x, y - s * 0.7), (x + r * 1.82, y - s * 0.57), (x, y)], p.lit(c))
+    p.disc(x - r, y - s * 0.76, r * 0.32, mix(p.lit(c), (255, 255, 255), 0.5))
+
+
+def flower(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    p.rect(x - s * 0.035, y - s * 0.6, x + s * 0.035, y, p.lit((52, 132, 60)))
+    p.disc(x + s * 0.15, y - s * 0.2, s * 0.14, p.lit((66, 150, 70)), s * 0.06)
+    p.disc(x - s * 0.15, y - s * 0.28, s * 0.14, p.lit((66, 150, 70)), s * 0.06)
+    for i in range(6):
+        a = i * math.pi / 3
+        p.disc(
+            x + s * 0.19 * math.cos(a),
+            y - s * 0.7 + s * 0.19 * math.sin(a),
+            s * 0.135,
+            p.lit(c, 1.0 if i % 2 else 0.88),
+        )
+    p.disc(x, y - s * 0.7, s * 0.115, p.lit((250, 206, 70) if c != PAINT["yellow"] else (170, 104, 46)))
+
+
+def mushroom(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    p.poly([(x - s * 0.13, y - s * 0.5), (x + s * 0.13, y - s * 0.5), (x + s * 0.18, y), (x - s * 0.18, y)], p.lit((240, 228, 206)))  # fmt: skip
+    p.draw.pieslice((x - s * 0.52, y - s * 0.98, x + s * 0.52, y - s * 0.02), 180, 360, fill=p.lit(c))
+    p.disc(x, y - s * 0.5, s * 0.52, p.lit(c, 0.8), s * 0.07)
+    dots = p.lit((252, 250, 244)) if c != PAINT["white"] else p.lit((200, 120, 110))
+    for dx, dy, k in ((-0.26, -0.66, 0.075), (0.02, -0.82, 0.085), (0.27, -0.65, 0.07)):
+        p.disc(x + dx * s, y + dy * s, k * s, dots)
+
+
+def umbrella(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    p.rect(x - s * 0.022, y - s * 0.9, x + s * 0.022, y, p.lit((92, 72, 58)))
+    for i in range(5):
+        a0, a1 = x + s * (-0.55 + 0.22 * i), x + s * (-0.55 + 0.22 * (i + 1))
+        paint = p.lit(c) if i % 2 == 0 else mix(p.lit(c), (255, 255, 255), 0.4)
+        m0, m1 = (a0 - x) / (s * 0.55), (a1 - x) / (s * 0.55)
+        rim = [(a0 + (a1 - a0) * t, y - s * 0.52 - s * 0.42 * math.sqrt(max(0.0, 1 - (m0 + (m1 - m0) * t) ** 2))) for t in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
+        p.poly([*rim, (a1, y - s * 0.5), (a0, y - s * 0.5)], paint)
+
+
+def rocket(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
+    s = s * 1.15
+    for side in (-1, 1):
+        p.poly(
+            [(x + side * s * 0.14, y - s * 0.36), (x + side * s * 0.32, y), (x + side * s * 0.12, y - s * 0.08)],
+            p.lit(c, 0.85),
+        )
+    p.poly([(x - s * 0.16, y - s * 0.62), (x - s * 0.12, y - s * 0.8), (x, y - s), (x + s * 0.12, y - s * 0.8), (x + s * 0.16, y - s * 0.62)], p.lit(c))  # fmt: skip
+    p.rect(
+        x - s * 0.16,
+        y - s * 0.63,
+        x + s * 0.16,
+        y - s * 0.07,
+        p.lit((238, 240, 244) if c != PAINT["white"] else (206, 210, 220)),
+    )
+    p.rect(x + s * 0.06, y - s * 0.63, x + s * 0.16, y - s * 0.07, p.lit((206, 210, 218)))
+    p.rect(x - s * 0.16, y - s * 0.2, x + s * 0.16, y - s * 0.11, p.lit(c))
+    p.disc(x, y - s * 0.46, s * 0.085, p.lit((70, 76, 96)))
+    p.disc(x, y - s * 0.46, s * 0.06, p.lit((150, 206, 236)))
+
+
+DRAW: dict[str, Draw] = {
+    "house": house,
+    "boat": boat,
+    "lighthouse": lighthouse,
+    "car": car,
+    "balloon": balloon,
+    "ball": ball,
+    "box": box,
+    "pyramid": pyramid,
+    "star": star,
+    "heart": heart,
+    "flower": flower,
+    "mushroom": mushroom,
+    "umbrella": umbrella,
+    "rocket": rocket,
+}
+
+
+def render(scene: Scene, width: int, height: int) -> Image.Image:
+    """Draw ``scene``. The same scene and size give the same pixels.
+
+    Args:
+        scene: what to show.
+        width, height: size of the picture in pixels.
+
+    Returns:
+        An RGB picture of exactly that size.
+    """
+    p = Painter(scene, width, height)
+    p.sky()
+    p.backdrop()
+    p.ground()
+    p.trees()
+    if scene.sign is not None:
+        p.sign(scene.sign)
+    for thing in scene.things:
+        p.thing(thing)
+    p.falling()
+    return p.image.reduce(SUPERSAMPLE)

@@ -1,0 +1,192 @@
+"""What every stage shares: where things lie, one training loop with checkpoints, EMA and a clock.
+
+A stage trains for a number of minutes and can be stopped and started again at any time. The learning rate warms up,
+stays, and falls linearly to a tenth over the last quarter of the minutes given, so that a run of any length ends tidily.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings that every stage gets.
+
+    Attributes:
+        work: folder for data, checkpoints and samples.
+        minutes: how long this call may train.
+        device: "cpu" or "cuda".
+        compile: use torch.compile for the training step.
+        seed: seed of the data that the stage draws.
+        out: folder that the export stage writes.
+    """
+
+    work: Path
+    minutes: float
+    device: str = "cpu"
+    compile: bool = True
+    seed: int = 0
+    out: Path = Path("flux2_local/tiny")
+
+    def path(self, name: str) -> Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work / name
+
+
+def save_state(path: Path, state: dict[str, Tensor], facts: dict[str, float]) -> None:
+    """Write tensors and a few numbers to a safetensors file, whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in state.items()}, part, {"facts": json.dumps(facts)})
+    part.replace(path)
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Read what :func:`save_state` wrote."""
+    with safe_open(path, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["facts"])  # noqa: SIM118
+
+
+def load_ema(path: Path, model: nn.Module) -> dict[str, float]:
+    """Load the averaged weights of a checkpoint into ``model``; returns the checkpoint's facts."""
+    state, facts = load_state(path)
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in names.items():
+            p.copy_(state[f"ema.{name}"])
+    return facts
+
+
+class Trainer:
+    """AdamW on the trainable parameters of ``model``, with an exponential moving average of the weights.
+
+    Args:
+        run: the run's settings.
+        name: of the checkpoint file, ``<work>/<name>.safetensors``; found there, training goes on from it.
+        model: its parameters with ``requires_grad`` are trained, averaged and saved.
+        lr: peak learning rate.
+        ema: decay of the average per step, once warmed up.
+    """
+
+    def __init__(
+        self, run: Run, name: str, model: nn.Module, lr: float, ema: float = 0.9995, decay: float = 0.01
+    ) -> None:
+        self.run, self.name, self.model, self.lr, self.decay = run, name, model, lr, ema
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().clone() for n, p in self.params.items()}
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=decay)
+        self.step = 0
+        self.seen = 0
+        self.path = run.path(f"{name}.safetensors")
+        if self.path.exists():
+            self.resume()
+        self.start = self.saved = self.told = time.monotonic()
+
+    def resume(self) -> None:
+        state, facts = load_state(self.path)
+        self.step, self.seen = int(facts["step"]), int(facts["seen"])
+        with torch.no_grad():
+            for n, p in self.params.items():
+                p.copy_(state[f"model.{n}"])
+                self.average[n].copy_(state[f"ema.{n}"])
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": state[f"m.{n}"].to(p.device),
+                    "exp_avg_sq": state[f"v.{n}"].to(p.device),
+                }
+        print(f"{self.name}: going on from step {self.step}", flush=True)
+
+    def save(self) -> None:
+        state = {f"model.{n}": p.detach() for n, p in self.params.items()}
+        state |= {f"ema.{n}": p for n, p in self.average.items()}
+        for n, p in self.params.items():
+            moments = self.optimizer.state.get(p)
+            if moments:
+                state |= {f"m.{n}": moments["exp_avg"], f"v.{n}": moments["exp_avg_sq"]}
+        save_state(self.path, state, {"step": self.step, "seen": self.seen})
+        self.saved = time.monotonic()
+
+    def progress(self) -> float:
+        """The share of the minutes given that has passed."""
+        return (time.monotonic() - self.start) / (self.run.minutes * 60)
+
+    def fit(
+        self,
+        batches: Iterator[tuple[Tensor, ...]],
+        loss_of: Callable[..., Tensor],
+        every: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train until the minutes are over.
+
+        Args:
+            batches: endless; each item's tensors are the arguments of ``loss_of``, the first one's length is counted.
+            loss_of: batch -> scalar loss.
+            every: called after each checkpoint with the step's number (to print figures or write samples).
+        """
+        step_loss = torch.compile(loss_of, dynamic=False) if self.run.compile else loss_of
+        running, first = 0.0, self.step
+        rate_seen, rate_time = self.seen, time.monotonic()
+        while (share := self.progress()) < 1:
+            batch = next(batches)
+            warm = min(1.0, (self.step + 1) / 200, (self.step - first + 1) / 50)
+            lr = self.lr * warm * min(1.0, max(0.1, (1 - share) * 4))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss = step_loss(*batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.step == first:  # compiling is not training
+                self.start = self.saved = self.told = time.monotonic()
+            self.step += 1
+            self.seen += len(batch[0])
+            self.update_average()
+            value = float(loss.detach())
+            running = value if running == 0 else 0.98 * running + 0.02 * value
+            now = time.monotonic()
+            if now - self.told > 30:
+                rate = (self.seen - rate_seen) / (now - rate_time)
+                print(f"{self.name}: step {self.step} seen {self.seen} loss {running:.5f} lr {lr:.2e} {rate:.1f}/s {share:.0%}", flush=True)  # fmt: skip
+                self.told, rate_seen, rate_time = now, self.seen, now
+            if now - self.saved > 300:
+                self.save()
+                if every:
+                    every(self.step)
+        self.save()
+        if every:
+            every(self.step)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        beta = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - beta)
+
+
+class averaged:
+    """Context manager: the model's weights are the averaged ones inside."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *_: object) -> None:
+        self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for n, p in self.trainer.params.items():
+            kept = p.detach().clone()
+            p.copy_(self.trainer.average[n])
+            self.trainer.average[n].copy_(kept)

@@ -1,0 +1,76 @@
+"""Shared fixtures: small random models in the hub layout, the bundled model loaded once, and no way to the network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty hub cache, so that nothing depends on what this machine has downloaded."""
+    from huggingface_hub import constants
+
+    folder = tmp_path_factory.mktemp("hub")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    patch.setenv("HF_HUB_CACHE", str(folder))
+    patch.setenv("HF_HOME", str(folder.parent))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail any connection that leaves the machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else ""
+        assert host in ("127.0.0.1", "localhost", "::1", ""), f"a test connected to {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from components import save_dev
+
+    return save_dev(tmp_path_factory.mktemp("models") / "dev")
+
+
+@pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from components import save_klein
+
+    return save_klein(tmp_path_factory.mktemp("models") / "klein", distilled=True)
+
+
+@pytest.fixture(scope="session")
+def klein_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from components import save_klein
+
+    return save_klein(tmp_path_factory.mktemp("models") / "klein-base", distilled=False)
+
+
+@pytest.fixture(scope="session")
+def tiny():  # type: ignore[no-untyped-def]
+    """The bundled model, standard."""
+    from flux2_local import Flux2
+
+    return Flux2.load("tiny")
+
+
+@pytest.fixture(scope="session")
+def flash():  # type: ignore[no-untyped-def]
+    """The bundled model, flash: the quickest way to a real picture."""
+    from flux2_local import Flux2
+
+    return Flux2.load("tiny", "flash")

@@ -1,0 +1,208 @@
+"""Settings inside files, reference pictures, cropping, writing."""
+
+import base64
+import io
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image
+
+from flux2_local import OutputError, RequestError, files, images
+from flux2_local.result import ImageFile, Result, Timings
+
+
+def picture(width=96, height=64, mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    bands = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+    array = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
+    return Image.fromarray(array.squeeze(), mode)
+
+
+SETTINGS = {"prompt": 'ein Schild: „Grüße" — 猫', "seed": 2**60, "image_size": {"width": 600, "height": 700}}
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_settings_survive_every_format(tmp_path, form):
+    path = tmp_path / "x"
+    path.write_bytes(images.encode(picture(), form, SETTINGS))
+    assert images.read_settings(path) == SETTINGS
+    assert Image.open(path).format.lower() == form
+
+
+def test_png_is_lossless():
+    original = picture()
+    back = Image.open(io.BytesIO(images.encode(original, "png", {})))
+    assert np.array_equal(np.asarray(back), np.asarray(original))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "cannot be read"),
+        (lambda p: p.write_text("hello"), "not a picture"),
+        (lambda p: picture().save(p, "PNG"), "no flux2-local settings"),
+        (lambda p: p.write_bytes(images.encode(picture(), "png", {})[:-400]), "not a picture"),
+        (lambda p: p.mkdir(), "cannot be read"),
+    ],
+)
+def test_files_without_settings_are_refused(tmp_path, make, words):
+    path = tmp_path / "x.png"
+    make(path)
+    with pytest.raises(RequestError, match=words):
+        images.read_settings(path)
+
+
+def test_references_of_every_kind(tmp_path):
+    original = picture(100, 80)
+    path = tmp_path / "a b.png"
+    original.save(path)
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    for source in (original, path, str(path), path.as_uri(), data):
+        (got,) = images.references((source,))
+        assert np.array_equal(np.asarray(got), np.asarray(original)), source
+
+
+def test_a_reference_over_http(tmp_path):
+    original = picture(100, 80)
+    body = images.encode(original, "png", {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a.png" else 404)
+            self.end_headers()
+            self.wfile.write(body if self.path == "/a.png" else b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    try:
+        (got,) = images.references((f"{here}/a.png",))
+        assert got.size == (100, 80)
+        with pytest.raises(RequestError, match="could not be fetched"):
+            images.references((f"{here}/b.png",))
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (picture(63, 100), "at least 64"),
+        (picture(1000, 100), "8 times"),
+        ("nowhere.png", "cannot be read"),
+        ("data:image/png;base64,!!", "base64 is broken"),
+        ("data:nothing", "comma"),
+        ("data:image/png;base64,aGVsbG8=", "not a picture"),
+        (b"bytes", "bytes was given"),
+        (7, "int was given"),
+    ],
+)
+def test_bad_references_are_refused(source, words):
+    with pytest.raises(RequestError, match=words):
+        images.references((source,))
+
+
+def test_transparency_becomes_white():
+    clear = Image.new("RGBA", (64, 64), (10, 20, 30, 0))
+    assert images.references((clear,))[0].getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("size", [(100, 130), (64, 64), (1500, 1100), (2000, 300), (1024, 1024)])
+def test_reference_pixels_are_the_pipelines(size):
+    original = picture(*size)
+    ours = images.reference_pixels(original, 16)
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    theirs = original
+    if size[0] * size[1] > 1024 * 1024:
+        theirs = processor._resize_to_target_area(original, 1024 * 1024)
+    w, h = theirs.width // 16 * 16, theirs.height // 16 * 16
+    want = processor.preprocess(theirs, height=h, width=w, resize_mode="crop")
+    assert np.array_equal(ours.numpy(), want.numpy()) and ours.stride() == want.stride()
+    assert images.reference_size(*size, 16) == (w, h)
+
+
+def file_of(image, form="png"):
+    return ImageFile(
+        images.encode(image, form, SETTINGS),
+        image.width,
+        image.height,
+        images.CONTENT_TYPES[form],
+        f"a-1.{form}",
+        SETTINGS,
+    )
+
+
+def test_save_chooses_the_format_by_the_ending(tmp_path):
+    one = file_of(picture())
+    for name, form in (("a.png", "PNG"), ("b.JPG", "JPEG"), ("c.webp", "WEBP"), ("d", "PNG")):
+        path = one.save(tmp_path / "deep" / name)
+        assert Image.open(path).format == form
+        assert images.read_settings(path) == SETTINGS
+    with pytest.raises(OutputError, match=r"\.gif"):
+        one.save(tmp_path / "e.gif")
+    assert not list((tmp_path / "deep").glob(".*")), "no temporary file stays behind"
+
+
+def test_kept_never_overwrites_and_gives_a_file_url(tmp_path):
+    result = Result((file_of(picture()),), Timings(denoise=1.0), 1, (False,), "p")
+    first, second = result.kept(tmp_path), result.kept(tmp_path)
+    assert [r.images[0].path.name for r in (first, second)] == ["a-1.png", "a-1-2.png"]
+    assert first.images[0].url == (tmp_path / "a-1.png").as_uri()
+    answer = first.to_dict()
+    assert set(answer) == {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
+    assert set(answer["images"][0]) == {"url", "content_type", "file_name", "file_size", "width", "height"}
+    assert answer["timings"]["inference"] == 1.0
+    assert result.images[0].url.startswith("data:image/png;base64,")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        files.check_folder(tmp_path / "x", 1)
+
+
+def test_a_target_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be written"):
+        files.check_folder(tmp_path / "file" / "below", 1)
+    with pytest.raises(OutputError, match="are needed"):
+        files.check_folder(tmp_path, 2**60)
+    with pytest.raises(OutputError, match="cannot be written"):
+        files.write(tmp_path / "file" / "x.png", b"x")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        files.write(tmp_path / "x.png", b"x" * 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crop_takes_the_middle():
+    original = picture(96, 64)
+    cut = images.crop(original, 90, 61)
+    assert cut.size == (90, 61)
+    assert np.array_equal(np.asarray(cut), np.asarray(original)[1:62, 3:93])
+    assert images.crop(original, 96, 64) is original
+
+
+def test_black_is_black():
+    assert not np.asarray(images.black(picture())).any()
+
+
+def test_uri_paths_are_decoded(tmp_path):
+    path = tmp_path / "ü %.png"
+    picture().save(path)
+    assert images.references((Path(path).as_uri(),))[0].size == (96, 64)

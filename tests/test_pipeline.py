@@ -1,0 +1,254 @@
+"""Flux2.generate: stages, progress, cancelling, repeating, and what happens when something goes wrong."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, RequestError, Result, images
+from flux2_local.pipeline import slug
+
+FAST = {"image_size": "square", "num_inference_steps": 4, "enable_safety_checker": False}
+
+
+@pytest.fixture(scope="module")
+def flux(dev_folder):
+    return Flux2.load(dev_folder)
+
+
+def pixels(result, i=0):
+    return np.asarray(result.images[i].image)
+
+
+def test_the_answer_has_everything(flux, tmp_path):
+    result = flux.generate("a red boat", seed=7, num_images=2, **FAST)
+    assert isinstance(result, Result) and result.seed == 7 and result.prompt == "a red boat"
+    assert result.has_nsfw_concepts == (False, False)
+    first, second = result.images
+    assert (first.width, first.height, first.content_type) == (512, 512, "image/png")
+    assert first.file_name == "a-red-boat-7.png" and second.file_name == "a-red-boat-8.png"
+    assert first.file_size == len(first.data) and not np.array_equal(pixels(result, 0), pixels(result, 1))
+    t = result.timings
+    assert t.encode > 0 and t.denoise > 0 and t.decode > 0
+    assert abs(t.inference - (t.encode + t.references + t.denoise + t.decode)) < 1e-9 and t.total >= t.inference
+    json.dumps(result.to_dict())
+    assert images.read_settings(first.save(tmp_path / "x.png"))["seed"] == 7
+
+
+def test_a_seed_is_drawn_and_echoed(flux):
+    first = flux.generate("a boat", **FAST)
+    again = flux.generate("a boat", seed=first.seed, **FAST)
+    other = flux.generate("a boat", **FAST)
+    assert first.seed < 2**53 and np.array_equal(pixels(first), pixels(again))
+    assert other.seed != first.seed and not np.array_equal(pixels(first), pixels(other))
+
+
+@pytest.mark.parametrize(("form", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_formats(flux, form, kind):
+    image = flux.generate("a boat", output_format=form, seed=1, **FAST).images[0]
+    assert image.image.format == kind and image.content_type == f"image/{form}"
+
+
+def test_every_field_reaches_the_picture(flux):
+    base = pixels(flux.generate("a boat", seed=1, **FAST))
+    for change in ({"guidance_scale": 8.0}, {"num_inference_steps": 5}, {"seed": 2}):
+        assert not np.array_equal(pixels(flux.generate(**{"prompt": "a boat", "seed": 1, **FAST, **change})), base), (
+            change
+        )
+    assert not np.array_equal(pixels(flux.generate("a tree", seed=1, **FAST)), base)
+
+
+def test_a_whole_request_works_as_well(flux):
+    request = Request(prompt="a boat", seed=4, image_size="square", num_inference_steps=4, enable_safety_checker=False)
+    assert np.array_equal(pixels(flux.generate(request)), pixels(flux.generate("a boat", seed=4, **FAST)))
+    assert flux.generate(request, seed=5).seed == 5
+
+
+def test_sync_mode_gives_data_uris(flux):
+    url = flux.generate("a boat", sync_mode=True, **FAST).to_dict()["images"][0]["url"]
+    assert images.decode(images.data_url_bytes(url), "x").size == (512, 512)
+
+
+def test_progress_counts_every_step_of_every_image(flux):
+    seen: list[Progress] = []
+    flux.generate("a boat", num_images=2, progress=seen.append, **FAST)
+    steps = [(p.step, p.total) for p in seen if p.stage == "denoise" and p.step]
+    assert steps == [(i, 8) for i in range(1, 9)]
+    stages = list(dict.fromkeys(p.stage for p in seen))
+    assert stages == ["encode", "denoise", "decode", "finish"]
+
+
+def test_previews_are_small_pictures_of_what_is_coming(flux):
+    shots = []
+    result = flux.generate(
+        "a boat",
+        seed=3,
+        progress=lambda p: shots.append(p.preview()) if p.preview else None,
+        **{**FAST, "image_size": "square_hd"},
+    )
+    assert len(shots) == 4 and all(max(shot.size) <= 256 for shot in shots)
+    final = np.asarray(result.images[0].image.resize(shots[-1].size)).astype(int)
+    errors = [np.abs(np.asarray(shot).astype(int) - final).mean() for shot in shots]
+    assert errors[-1] < errors[0]
+
+
+def test_cancelling_stops_within_one_step(flux):
+    steps = []
+    with pytest.raises(Cancelled):
+        flux.generate(
+            "a boat", progress=lambda p: steps.append(p.step), cancel=lambda: max(steps, default=0) >= 2, **FAST
+        )
+    assert max(steps) == 2
+    assert flux.generate("a boat", seed=1, **FAST).images, "the pipeline still works"
+
+
+def test_an_interrupt_leaves_the_pipeline_usable(flux):
+    before = pixels(flux.generate("a boat", seed=1, **FAST))
+
+    def stop(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        flux.generate("a boat", seed=1, progress=stop, **FAST)
+    assert np.array_equal(pixels(flux.generate("a boat", seed=1, **FAST)), before)
+
+
+def test_expansion_uses_the_models_own_language_model(flux, dev_folder):
+    result = flux.generate("a boat", seed=3, enable_prompt_expansion=True, **FAST)
+    assert result.prompt != "a boat" and result.timings.expand > 0
+    assert result.images[0].settings["expanded_prompt"] == result.prompt
+    assert result.prompt == flux.generate("a boat", seed=3, enable_prompt_expansion=True, **FAST).prompt
+    direct = flux.generate(result.prompt, seed=3, **FAST) if result.prompt.strip() else None
+    if direct is not None:
+        assert np.array_equal(pixels(direct), pixels(result))
+
+
+def test_expansion_sends_the_makers_message(flux, monkeypatch):
+    from diffusers.pipelines.flux2 import system_messages
+
+    from flux2_local.text.expand import Expander
+
+    said = []
+    monkeypatch.setattr(
+        Expander, "__call__", lambda self, prompt, system, seed: said.append((prompt, system, seed)) or "rich"
+    )
+    reference = images.decode(flux.generate("x", **FAST).images[0].data, "x")
+    flux.generate("a boat", seed=1, enable_prompt_expansion=True, **FAST)
+    flux.generate("a boat", seed=1, enable_prompt_expansion=True, images=[reference], **FAST)
+    t2i, i2i = system_messages.SYSTEM_MESSAGE_UPSAMPLING_T2I, system_messages.SYSTEM_MESSAGE_UPSAMPLING_I2I
+    assert said == [("a boat", t2i, 1), ("a boat", i2i, 1)]
+
+
+def test_expansion_generates_as_diffusers_does(dev_folder, flux):
+    """The same chat and sampling as ``upsample_prompt``, which pads on the left to no effect."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_T2I
+    from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
+
+    from flux2_local.text.expand import Expander
+
+    expander = Expander(dev_folder, flux._components.tokenizer, True, torch.float32, torch.device("cpu"))
+    got = expander("a boat", SYSTEM_MESSAGE_UPSAMPLING_T2I, 5)
+    tok = AutoTokenizer.from_pretrained(dev_folder / "tokenizer")
+    model = Mistral3ForConditionalGeneration.from_pretrained(dev_folder / "text_encoder", dtype=torch.float32)
+    inputs = tok.apply_chat_template(
+        format_input(["a boat"], SYSTEM_MESSAGE_UPSAMPLING_T2I),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    torch.manual_seed(5)
+    out = model.generate(**inputs, max_new_tokens=512, do_sample=True, temperature=0.15, use_cache=True)
+    assert got == tok.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def test_long_prompts_are_cut_and_it_is_said(flux):
+    result = flux.generate("boat " * 400, **FAST)
+    assert any("512 tokens" in note for note in result.notes)
+    assert not any("512 tokens" in note for note in flux.generate("boat", **FAST).notes)
+
+
+def test_running_out_of_memory_says_what_to_do(flux, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(flux._components.transformer, "forward", out_of_memory)
+    with pytest.raises(OutOfMemoryError, match=r"512×512.*--vram \d+GiB"):
+        flux.generate("a boat", **FAST)
+
+
+def test_other_errors_are_not_dressed_up(flux, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(flux._components.transformer, "forward", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        flux.generate("a boat", **FAST)
+
+
+def test_another_tier_is_served_where_the_weights_allow_it(dev_folder):
+    flux = Flux2.load(dev_folder, acceleration="regular", dtype="float32")
+    with pytest.raises(RequestError, match="Load with"):
+        flux.generate("a boat", acceleration="none", **FAST)
+    assert flux.generate("a boat", acceleration="high", **FAST).images[0].settings["acceleration"] == "high"
+
+
+def test_generating_asks_no_network_and_writes_no_file(flux, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flux.generate("a boat", **FAST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_threads_do_not_mix_their_pictures(flux):
+    """The model is shared; each call's own state is not."""
+    want = {seed: pixels(flux.generate("a boat", seed=seed, **FAST)) for seed in (1, 2)}
+    got = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: got.update({s: pixels(flux.generate("a boat", seed=s, **FAST))}))
+        for seed in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(want[seed], got[seed]) for seed in want)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("A red boat!", "a-red-boat"), ("猫", "image"), ("x" * 90, "x" * 48), ("../../etc/passwd", "etc-passwd")],
+)
+def test_file_names_are_tame(prompt, name):
+    assert slug(prompt) == name
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fields=st.fixed_dictionaries(
+        {"prompt": st.text(max_size=60)},
+        optional={
+            "guidance_scale": st.floats(-1, 25),
+            "seed": st.integers(-1, 2**64),
+            "num_inference_steps": st.integers(3, 6),
+            "num_images": st.integers(0, 2),
+            "output_format": st.sampled_from(["png", "jpeg", "webp", "bmp"]),
+            "image_size": st.fixed_dictionaries({"width": st.integers(500, 640), "height": st.integers(500, 640)}),
+        },
+    )
+)
+def test_any_request_gives_a_result_or_a_typed_error(flux, fields):
+    try:
+        result = flux.generate(
+            **{"num_inference_steps": 4, "image_size": "square", **fields}, enable_safety_checker=False
+        )
+    except Flux2Error as error:
+        assert str(error)
+        return
+    assert len(result.images) == fields.get("num_images", 1)
+    assert all(np.asarray(image.image).std() > 0 for image in result.images)

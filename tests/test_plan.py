@@ -1,0 +1,142 @@
+"""Plans: what is chosen, why, what lost; and that what runs is what the plan says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flux2_local import BudgetError, Flux2, PlanError, costs, hardware, load, store
+from flux2_local.costs import Work
+from flux2_local.explore import family_architecture, fit, survey
+from flux2_local.hardware import from_preset, probe
+from flux2_local.plan import Need, built, explain, make_plan
+from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
+
+
+def need(name="klein-4b", variant="standard", tier="regular", work=Work()):
+    preset = models()[name]
+    return Need(name, variant, tiers()[tier], family_architecture(preset), work)
+
+
+def test_parameter_counts_are_the_published_ones():
+    counts = {name: costs.parameters(family_architecture(models()[name])) for name in ("dev", "klein-9b", "klein-4b")}
+    assert [round(c["transformer"] / 1e9, 2) for c in counts.values()] == [32.22, 9.08, 3.88]
+    assert round(counts["dev"]["vae"] / 1e6) == 84
+    whole = family_architecture(models()["dev"]).language
+    cut = counts["dev"]["text_encoder"]
+    layer = (cut - whole.vocab_size * whole.hidden_size) / 30
+    assert 17e9 < cut < 18e9 and abs((cut + 10 * layer + whole.vocab_size * whole.hidden_size) / 1e9 - 23.57) < 0.1
+
+
+@pytest.mark.parametrize(("name", "tera"), [("dev", 282.6), ("klein-9b", 75.0), ("klein-4b", 34.5)])
+def test_flops_of_a_square_megapixel(name, tera):
+    got = costs.step_flops(family_architecture(models()[name]), Work(1024, 1024)) / 1e12
+    assert abs(got / tera - 1) < 0.04
+
+
+def test_weights_in_memory_are_what_was_predicted(dev_folder):
+    flux = Flux2.load(dev_folder, acceleration="none")
+    c, counted = flux._components, costs.parameters(load.architecture(flux.checkpoint))
+    for name, module in (("transformer", c.transformer), ("text_encoder", c.text_encoder), ("vae", c.vae)):
+        assert costs.count(module) == counted[name]
+    assert all(p.dtype == torch.float32 for p in c.transformer.parameters())
+
+
+@pytest.mark.parametrize("tier", ["none", "regular", "high"])
+def test_what_runs_is_what_the_plan_says(dev_folder, tier):
+    flux = Flux2.load(dev_folder, acceleration=tier)
+    plan, c = flux.plan, flux._components
+    for held, module in ((plan.transformer, c.transformer), (plan.text_encoder, c.text_encoder), (plan.vae, c.vae)):
+        own = {p.dtype for p in module.parameters()}
+        assert own == {load.DTYPES[held.format]}
+        assert {str(p.device) for p in module.parameters()} == {plan.device}
+    conv = c.vae.decoder.up_blocks[0].resnets[0].conv1.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last) == plan.channels_last
+    assert plan.acceleration == tier and explain(plan) == str(plan)
+
+
+def test_a_resident_plan_beats_a_staged_one_where_both_fit():
+    big, small = (make_plan(need(), replace(from_preset("rtx-4090"), free=parse_bytes(n))) for n in ("22GiB", "10GiB"))
+    assert (big.transformer.placement, small.transformer.placement) == ("resident", "staged")
+    assert any("resident" in name and "needs" in why for c in small.choices for name, why in c.rejected)
+    assert small.peak_bytes < parse_bytes("10GiB")
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest_that_can():
+    with pytest.raises(BudgetError) as caught:
+        make_plan(need(), from_preset("rtx-4090"), parse_bytes("3GiB"))
+    smallest = caught.value.smallest
+    assert show_bytes(smallest) in str(caught.value)
+    make_plan(need(), from_preset("rtx-4090"), smallest)
+    with pytest.raises(BudgetError):
+        make_plan(need(), from_preset("rtx-4090"), smallest - 2**20)
+
+
+def test_larger_work_costs_more():
+    small, large = (make_plan(need(work=Work(s, s)), from_preset("h200")) for s in (512, 2048))
+    assert large.seconds > 8 * small.seconds and large.peak_bytes > small.peak_bytes
+
+
+@pytest.mark.parametrize("device", list(devices()))
+def test_every_known_device_can_be_planned_for(device):
+    hw = from_preset(device, parse_bytes("32GiB"))
+    for name in ("dev", "klein-9b", "klein-4b"):
+        try:
+            plan = make_plan(need(name), hw)
+        except BudgetError as error:
+            assert error.smallest > 0
+            continue
+        assert plan.peak_bytes <= hw.memory and 0 < plan.seconds < 1e5
+        assert all(choice.reason for choice in plan.choices)
+
+
+def test_tiers_differ_where_they_can(dev_folder, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    hw = probe("cpu")
+    arch = load.architecture(store.find(dev_folder, "standard"))
+    plans = {t: make_plan(Need("m", "standard", tiers()[t], arch, Work()), hw) for t in ("none", "regular")}
+    assert plans["none"].dtype == "float32" and plans["regular"].dtype == "bfloat16"
+    assert built(plans["none"]) != built(plans["regular"])
+
+
+def test_a_machine_without_bfloat16_computes_in_float32(dev_folder, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    arch = load.architecture(store.find(dev_folder, "standard"))
+    plan = make_plan(Need("m", "standard", tiers()["regular"], arch, Work()), probe("cpu"))
+    assert plan.dtype == "float32"
+    assert ("bfloat16", f"{probe('cpu').name} has no fast bfloat16 matrix products") in plan.choices[0].rejected
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "rtx-9999", "tpu"])
+def test_devices_that_are_not_here(dev_folder, device):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(PlanError):
+        Flux2.load(dev_folder, device=device)
+
+
+def test_a_cards_description_cannot_generate(dev_folder):
+    with pytest.raises(PlanError, match="plan"):
+        Flux2.load(dev_folder, device="rtx-4090")
+
+
+def test_survey_lists_every_model_with_its_state():
+    rows = {row.preset.name: row for row in survey()}
+    assert list(rows) == list(models())
+    assert rows["dev"].state == "not here, gated" and rows["klein-4b"].state == "not here"
+    assert "fits" in fit(models()["klein-4b"], from_preset("h200"))
+    assert "does not fit" in fit(models()["dev"], from_preset("laptop-8gb"))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("12GiB", 12 * 2**30), ("24 GB", 24 * 10**9), ("800mb", 8 * 10**8), (7, 7), ("1.5GiB", 3 * 2**29)],
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-3GB", "1.2.3GB"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(ValueError, match="12GiB"):
+        parse_bytes(text)
