@@ -13,9 +13,9 @@ from flux2_local.plan import Need, built, explain, make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
 
 
-def need(name="klein-4b", variant="standard", tier="regular", work=Work()):
+def need(name="klein-4b", variant="standard", tier="regular", work=None):
     preset = models()[name]
-    return Need(name, variant, tiers()[tier], family_architecture(preset), work)
+    return Need(name, variant, tiers()[tier], family_architecture(preset), work or Work())
 
 
 def test_parameter_counts_are_the_published_ones():

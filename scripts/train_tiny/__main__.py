@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("flux2_local/tiny"), help="where export writes")
+    parser.add_argument("--share", type=float, default=1, help="of the pictures and paths to draw (default 1)")
     args = parser.parse_args()
-    run = Run(args.work, args.minutes, args.device, not args.eager, args.seed, args.out)
+    run = Run(args.work, args.minutes, args.device, not args.eager, args.seed, args.out, args.share)
     module = MODULES.get(args.stage, args.stage)
     function = "train" if module == args.stage and args.stage != "flow" else f"train_{args.stage}"
     getattr(importlib.import_module(f".{module}", __package__), function)(run)

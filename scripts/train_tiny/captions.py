@@ -22,7 +22,7 @@ TIME = {
         "during the day",
         "on a sunny day",
         "in bright sunlight",
-    ),  # fmt: skip
+    ),
     "dawn": (
         "at dawn",
         "at sunrise",
@@ -31,7 +31,7 @@ TIME = {
         "at daybreak",
         "in soft morning light",
         "at first light",
-    ),  # fmt: skip
+    ),
     "dusk": (
         "at dusk",
         "at sunset",
@@ -41,7 +41,7 @@ TIME = {
         "in golden hour light",
         "in the evening light",
         "as the sun goes down",
-    ),  # fmt: skip
+    ),
     "night": (
         "at night",
         "at midnight",
@@ -51,7 +51,7 @@ TIME = {
         "late at night",
         "in the moonlight",
         "under a night sky",
-    ),  # fmt: skip
+    ),
 }
 WEATHER = {
     "clear": ("under a clear sky", "in clear weather", "with a cloudless sky", "under a clean open sky"),
@@ -68,7 +68,7 @@ GROUND = {
         "on a lawn",
         "on green grass",
         "in a green field",
-    ),  # fmt: skip
+    ),
     "sand": ("on the sand", "in the desert", "on a sandy beach", "on a beach", "on golden sand", "in a sandy desert"),
     "snow": (
         "in the snow",
@@ -77,7 +77,7 @@ GROUND = {
         "in a snow-covered field",
         "in a winter landscape",
         "on snowy ground",
-    ),  # fmt: skip
+    ),
     "sea": ("at sea", "on the sea", "on the water", "on the ocean", "in the sea", "on a lake", "surrounded by water"),
 }
 BACKDROP = {
@@ -86,7 +86,7 @@ BACKDROP = {
         "in front of mountains",
         "with snowy peaks behind",
         "with a mountain range in the distance",
-    ),  # fmt: skip
+    ),
     "hills": (
         "with hills in the background",
         "in front of rolling hills",
@@ -98,7 +98,7 @@ BACKDROP = {
         "in front of a city skyline",
         "with a skyline of tall buildings behind",
         "with skyscrapers in the distance",
-    ),  # fmt: skip
+    ),
 }
 TREES = {
     "round": ("with trees", "with green trees", "near some trees", "with leafy trees around", "among trees"),

@@ -106,7 +106,9 @@ def flow_batches(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
         yield x, text, sigma, target, cos, sin
 
 
-def flow_loss(model: Flux2Transformer2DModel, x: Tensor, text: Tensor, sigma: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # fmt: skip
+def flow_loss(
+    model: Flux2Transformer2DModel, x: Tensor, text: Tensor, sigma: Tensor, target: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     one = torch.ones_like(sigma)
     return F.mse_loss(velocity(model, x, text, sigma, one, (cos, sin)), target)
 

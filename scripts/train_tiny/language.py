@@ -112,6 +112,9 @@ def train(run: Run) -> None:
                 out = model.generate(
                     **ids.to(run.device), max_new_tokens=90, do_sample=True, temperature=0.6, pad_token_id=0
                 )
-                print(f"language: {prompt} -> {fast.decode(out[0, ids['input_ids'].shape[1] :], skip_special_tokens=True)}", flush=True)  # fmt: skip
+                print(
+                    f"language: {prompt} -> {fast.decode(out[0, ids['input_ids'].shape[1] :], skip_special_tokens=True)}",
+                    flush=True,
+                )
 
     trainer.fit(batches(run, fast, run.device), lambda ids, mask: loss_of(model, ids, mask), report)

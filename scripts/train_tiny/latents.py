@@ -94,7 +94,7 @@ def measure(run: Run, vae: AutoencoderKLFlux2, pool: ProcessPoolExecutor) -> Non
     """Per-channel mean and variance of the latents, what BatchNorm's running statistics stand for."""
     total = []
     for height, width, count in ((16, 16, 1024), (24, 32, 256), (32, 18, 256)):
-        pictures = drawn([(5_000_000 + i, height, width) for i in range(count)], pool)
+        pictures = drawn([(5_000_000 + i, height, width) for i in range(round(count * run.share))], pool)
         total += [encode(vae, p[None]).permute(0, 2, 3, 1).reshape(-1, 128).double() for p in pictures]
     rows = torch.cat(total)
     np.save(run.path("latent_statistics.npy"), torch.stack([rows.mean(0), rows.var(0)]).float().cpu().numpy())
@@ -108,10 +108,11 @@ def train(run: Run) -> None:
             vae = load_autoencoder(run)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
-        for (height, width), (count, seed0) in BUCKETS.items():
+        for (height, width), (whole, seed0) in BUCKETS.items():
             path = path_of(run, (height, width))
             if path.exists():
                 continue
+            count = round(whole * run.share)
             part = path.with_suffix(".part")
             rows = open_memmap(part, mode="w+", dtype=np.float16, shape=(count, height * width, 128))
             pictures = drawn([(seed0 + i, height, width) for i in range(count)], pool)

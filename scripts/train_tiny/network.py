@@ -70,10 +70,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, T, H, D] each -> [B, T, H·D]. Written out on the CPU, where it is faster than the flash kernel's backward."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.is_cuda:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    out = (
+        F.scaled_dot_product_attention(q, k, v)
+        if q.is_cuda
+        else (q * q.shape[-1] ** (-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -129,14 +130,30 @@ def velocity(
         a = block.attn
         heads = (-1, a.head_dim)
         n, m = modulated(x, mod_img[0], mod_img[1]), modulated(c, mod_txt[0], mod_txt[1])
-        q = torch.cat([rms(apply(a.add_q_proj, m).unflatten(-1, heads), a.norm_added_q.weight), rms(apply(a.to_q, n).unflatten(-1, heads), a.norm_q.weight)], 1)  # fmt: skip
-        k = torch.cat([rms(apply(a.add_k_proj, m).unflatten(-1, heads), a.norm_added_k.weight), rms(apply(a.to_k, n).unflatten(-1, heads), a.norm_k.weight)], 1)  # fmt: skip
+        q = torch.cat(
+            [
+                rms(apply(a.add_q_proj, m).unflatten(-1, heads), a.norm_added_q.weight),
+                rms(apply(a.to_q, n).unflatten(-1, heads), a.norm_q.weight),
+            ],
+            1,
+        )
+        k = torch.cat(
+            [
+                rms(apply(a.add_k_proj, m).unflatten(-1, heads), a.norm_added_k.weight),
+                rms(apply(a.to_k, n).unflatten(-1, heads), a.norm_k.weight),
+            ],
+            1,
+        )
         v = torch.cat([apply(a.add_v_proj, m), apply(a.to_v, n)], 1).unflatten(-1, heads)
         out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + mod_img[2] * apply(a.to_out[0], out[:, length:])
         c = c + mod_txt[2] * apply(a.to_add_out, out[:, :length])
-        x = x + mod_img[5] * apply(block.ff.linear_out, swiglu(apply(block.ff.linear_in, modulated(x, mod_img[3], mod_img[4]))))  # fmt: skip
-        c = c + mod_txt[5] * apply(block.ff_context.linear_out, swiglu(apply(block.ff_context.linear_in, modulated(c, mod_txt[3], mod_txt[4]))))  # fmt: skip
+        x = x + mod_img[5] * apply(
+            block.ff.linear_out, swiglu(apply(block.ff.linear_in, modulated(x, mod_img[3], mod_img[4])))
+        )
+        c = c + mod_txt[5] * apply(
+            block.ff_context.linear_out, swiglu(apply(block.ff_context.linear_in, modulated(c, mod_txt[3], mod_txt[4])))
+        )
 
     x = torch.cat([c, x], 1)
     for block in model.single_transformer_blocks:

@@ -154,7 +154,10 @@ class Painter:
             x = self.w * ((i + self.rng.uniform(0.1, 0.9)) / count)
             y = self.horizon * self.rng.uniform(0.12, 0.55)
             size = self.u * self.rng.uniform(0.05, 0.085)
-            puffs = [(self.rng.uniform(-1.9, 1.9), self.rng.uniform(-0.45, 0.05), self.rng.uniform(0.55, 0.95)) for _ in range(5)]  # fmt: skip
+            puffs = [
+                (self.rng.uniform(-1.9, 1.9), self.rng.uniform(-0.45, 0.05), self.rng.uniform(0.55, 0.95))
+                for _ in range(5)
+            ]
             for shade, drop in ((0.9, 0.22), (1.0, 0.0)):
                 colour = tuple(int(c * shade) for c in base)
                 for dx, dy, k in puffs:
@@ -188,7 +191,16 @@ class Painter:
                 if base > 0.25:
                     k = 0.3
                     snow = mix(self.lit((250, 252, 255)), haze, 0.2)
-                    self.poly([(x - half * k, y - height * (1 - k)), (x, y - height), (x + half * k, y - height * (1 - k)), (x + half * k * 0.3, y - height * (1 - k * 1.25)), (x - half * k * 0.3, y - height * (1 - k * 0.85))], snow)  # fmt: skip
+                    self.poly(
+                        [
+                            (x - half * k, y - height * (1 - k)),
+                            (x, y - height),
+                            (x + half * k, y - height * (1 - k)),
+                            (x + half * k * 0.3, y - height * (1 - k * 1.25)),
+                            (x - half * k * 0.3, y - height * (1 - k * 0.85)),
+                        ],
+                        snow,
+                    )
 
     def city(self, haze: RGB) -> None:
         x = -self.u * 0.02
@@ -249,7 +261,10 @@ class Painter:
             else:
                 for k, (top, base) in enumerate(((-1.15, -0.65), (-0.9, -0.4), (-0.65, -0.12))):
                     half = size * (0.2 + 0.09 * k)
-                    self.poly([(x, y + top * size), (x + half, y + base * size), (x - half, y + base * size)], self.lit(leaf, 1.08 - 0.08 * k))  # fmt: skip
+                    self.poly(
+                        [(x, y + top * size), (x + half, y + base * size), (x - half, y + base * size)],
+                        self.lit(leaf, 1.08 - 0.08 * k),
+                    )
 
     def falling(self) -> None:
         s = self.scene
@@ -340,7 +355,15 @@ def boat(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
         [(x + s * 0.05, y - s * 0.9), (x + s * 0.05, y - s * 0.28), (x + s * 0.4, y - s * 0.28)], p.lit((232, 228, 218))
     )
     p.poly([(x - s * 0.6, y - s * 0.24), (x + s * 0.6, y - s * 0.24), (x + s * 0.42, y), (x - s * 0.42, y)], p.lit(c))
-    p.poly([(x - s * 0.6, y - s * 0.24), (x + s * 0.6, y - s * 0.24), (x + s * 0.56, y - s * 0.18), (x - s * 0.56, y - s * 0.18)], p.lit(c, 0.8))  # fmt: skip
+    p.poly(
+        [
+            (x - s * 0.6, y - s * 0.24),
+            (x + s * 0.6, y - s * 0.24),
+            (x + s * 0.56, y - s * 0.18),
+            (x - s * 0.56, y - s * 0.18),
+        ],
+        p.lit(c, 0.8),
+    )
 
 
 def lighthouse(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
@@ -355,15 +378,45 @@ def lighthouse(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
         p.poly([(x - a, y0), (x + a, y0), (x + b, y1), (x - b, y1)], p.lit(paint))
         p.poly([(x + a * 0.45, y0), (x + a, y0), (x + b, y1), (x + b * 0.45, y1)], p.lit(paint, 0.84))
     p.rect(x - thin * 1.35, y - s * 0.79, x + thin * 1.35, y - s * 0.755, p.lit((70, 70, 82)))
-    p.rect(x - thin * 0.8, y - s * 0.9, x + thin * 0.8, y - s * 0.79, (255, 240, 160) if p.scene.time in ("night", "dusk") else p.lit((190, 220, 236)))  # fmt: skip
+    p.rect(
+        x - thin * 0.8,
+        y - s * 0.9,
+        x + thin * 0.8,
+        y - s * 0.79,
+        (255, 240, 160) if p.scene.time in ("night", "dusk") else p.lit((190, 220, 236)),
+    )
     p.poly([(x - thin * 1.1, y - s * 0.9), (x, y - s), (x + thin * 1.1, y - s * 0.9)], p.lit(c, 0.85))
 
 
 def car(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
     s = s * 1.1
-    p.poly([(x - s * 0.36, y - s * 0.4), (x - s * 0.22, y - s * 0.66), (x + s * 0.2, y - s * 0.66), (x + s * 0.4, y - s * 0.4)], p.lit(c, 0.92))  # fmt: skip
-    p.poly([(x - s * 0.27, y - s * 0.4), (x - s * 0.18, y - s * 0.6), (x - s * 0.02, y - s * 0.6), (x - s * 0.02, y - s * 0.4)], p.lit((168, 206, 228)))  # fmt: skip
-    p.poly([(x + s * 0.03, y - s * 0.4), (x + s * 0.03, y - s * 0.6), (x + s * 0.17, y - s * 0.6), (x + s * 0.3, y - s * 0.4)], p.lit((168, 206, 228)))  # fmt: skip
+    p.poly(
+        [
+            (x - s * 0.36, y - s * 0.4),
+            (x - s * 0.22, y - s * 0.66),
+            (x + s * 0.2, y - s * 0.66),
+            (x + s * 0.4, y - s * 0.4),
+        ],
+        p.lit(c, 0.92),
+    )
+    p.poly(
+        [
+            (x - s * 0.27, y - s * 0.4),
+            (x - s * 0.18, y - s * 0.6),
+            (x - s * 0.02, y - s * 0.6),
+            (x - s * 0.02, y - s * 0.4),
+        ],
+        p.lit((168, 206, 228)),
+    )
+    p.poly(
+        [
+            (x + s * 0.03, y - s * 0.4),
+            (x + s * 0.03, y - s * 0.6),
+            (x + s * 0.17, y - s * 0.6),
+            (x + s * 0.3, y - s * 0.4),
+        ],
+        p.lit((168, 206, 228)),
+    )
     p.draw.rounded_rectangle((x - s * 0.62, y - s * 0.42, x + s * 0.62, y - s * 0.1), s * 0.08, p.lit(c))
     for dx in (-0.34, 0.36):
         p.disc(x + dx * s, y - s * 0.1, s * 0.13, p.lit((38, 38, 44)))
@@ -379,7 +432,15 @@ def balloon(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
             fill=p.lit((84, 66, 54)),
             width=max(1, round(s * 0.018)),
         )
-    p.poly([(x - r * 0.86, top + r * 0.5), (x + r * 0.86, top + r * 0.5), (x + s * 0.09, y - s * 0.14), (x - s * 0.09, y - s * 0.14)], p.lit(c))  # fmt: skip
+    p.poly(
+        [
+            (x - r * 0.86, top + r * 0.5),
+            (x + r * 0.86, top + r * 0.5),
+            (x + s * 0.09, y - s * 0.14),
+            (x - s * 0.09, y - s * 0.14),
+        ],
+        p.lit(c),
+    )
     p.disc(x, top, r, p.lit(c))
     light = mix(p.lit(c), (255, 255, 255), 0.45)
     p.disc(x, top, r * 0.45, light, r)
@@ -397,8 +458,19 @@ def ball(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
 def box(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
     a, d = s * 0.4, s * 0.2
     p.rect(x - a - d / 2, y - 2 * a, x + a - d / 2, y, p.lit(c))
-    p.poly([(x - a - d / 2, y - 2 * a), (x - a + d / 2, y - 2 * a - d), (x + a + d / 2, y - 2 * a - d), (x + a - d / 2, y - 2 * a)], mix(p.lit(c), (255, 255, 255), 0.3))  # fmt: skip
-    p.poly([(x + a - d / 2, y), (x + a + d / 2, y - d), (x + a + d / 2, y - 2 * a - d), (x + a - d / 2, y - 2 * a)], p.lit(c, 0.7))  # fmt: skip
+    p.poly(
+        [
+            (x - a - d / 2, y - 2 * a),
+            (x - a + d / 2, y - 2 * a - d),
+            (x + a + d / 2, y - 2 * a - d),
+            (x + a - d / 2, y - 2 * a),
+        ],
+        mix(p.lit(c), (255, 255, 255), 0.3),
+    )
+    p.poly(
+        [(x + a - d / 2, y), (x + a + d / 2, y - d), (x + a + d / 2, y - 2 * a - d), (x + a - d / 2, y - 2 * a)],
+        p.lit(c, 0.7),
+    )
 
 
 def pyramid(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
@@ -440,7 +512,10 @@ def flower(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
 
 
 def mushroom(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
-    p.poly([(x - s * 0.13, y - s * 0.5), (x + s * 0.13, y - s * 0.5), (x + s * 0.18, y), (x - s * 0.18, y)], p.lit((240, 228, 206)))  # fmt: skip
+    p.poly(
+        [(x - s * 0.13, y - s * 0.5), (x + s * 0.13, y - s * 0.5), (x + s * 0.18, y), (x - s * 0.18, y)],
+        p.lit((240, 228, 206)),
+    )
     p.draw.pieslice((x - s * 0.52, y - s * 0.98, x + s * 0.52, y - s * 0.02), 180, 360, fill=p.lit(c))
     p.disc(x, y - s * 0.5, s * 0.52, p.lit(c, 0.8), s * 0.07)
     dots = p.lit((252, 250, 244)) if c != PAINT["white"] else p.lit((200, 120, 110))
@@ -454,7 +529,10 @@ def umbrella(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
         a0, a1 = x + s * (-0.55 + 0.22 * i), x + s * (-0.55 + 0.22 * (i + 1))
         paint = p.lit(c) if i % 2 == 0 else mix(p.lit(c), (255, 255, 255), 0.4)
         m0, m1 = (a0 - x) / (s * 0.55), (a1 - x) / (s * 0.55)
-        rim = [(a0 + (a1 - a0) * t, y - s * 0.52 - s * 0.42 * math.sqrt(max(0.0, 1 - (m0 + (m1 - m0) * t) ** 2))) for t in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
+        rim = [
+            (a0 + (a1 - a0) * t, y - s * 0.52 - s * 0.42 * math.sqrt(max(0.0, 1 - (m0 + (m1 - m0) * t) ** 2)))
+            for t in (0, 0.25, 0.5, 0.75, 1)
+        ]
         p.poly([*rim, (a1, y - s * 0.5), (a0, y - s * 0.5)], paint)
 
 
@@ -465,7 +543,16 @@ def rocket(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
             [(x + side * s * 0.14, y - s * 0.36), (x + side * s * 0.32, y), (x + side * s * 0.12, y - s * 0.08)],
             p.lit(c, 0.85),
         )
-    p.poly([(x - s * 0.16, y - s * 0.62), (x - s * 0.12, y - s * 0.8), (x, y - s), (x + s * 0.12, y - s * 0.8), (x + s * 0.16, y - s * 0.62)], p.lit(c))  # fmt: skip
+    p.poly(
+        [
+            (x - s * 0.16, y - s * 0.62),
+            (x - s * 0.12, y - s * 0.8),
+            (x, y - s),
+            (x + s * 0.12, y - s * 0.8),
+            (x + s * 0.16, y - s * 0.62),
+        ],
+        p.lit(c),
+    )
     p.rect(
         x - s * 0.16,
         y - s * 0.63,

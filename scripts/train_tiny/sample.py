@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ def denoise(
     """Euler steps through ``sigmas``; all states, first to last. With ``guidance`` None, two-pass guidance of 2.5."""
     tables = rotary(*grid, TEXT_TOKENS, str(x.device))
     states = [x]
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for s, t in itertools.pairwise(sigmas):
         sigma = torch.full((len(x),), float(s), device=x.device)
         scale = (
             guidance if isinstance(guidance, Tensor) else torch.full_like(sigma, 1.0 if guidance is None else guidance)

@@ -56,10 +56,11 @@ def prompt_and_guidance(index: int) -> tuple[str, float]:
 def train_trajectories(run: Run) -> None:
     teacher, reader = teacher_of(run), Reader(run)
     sigmas = shifted(FINE, SHIFT)
-    for (height, width), count in COUNTS.items():
+    for (height, width), whole in COUNTS.items():
         path = path_of(run, (height, width))
         if path.exists() or (height, width) not in shares(run):
             continue
+        count = round(whole * run.share)
         part = path.with_suffix(".part")
         tokens = height * width
         rows = open_memmap(part, mode="w+", dtype=np.float16, shape=(count, FINE // KEPT + 1, tokens, 128))

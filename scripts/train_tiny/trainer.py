@@ -29,6 +29,7 @@ class Run:
         compile: use torch.compile for the training step.
         seed: seed of the data that the stage draws.
         out: folder that the export stage writes.
+        share: of the pictures and paths that the recipe draws; below 1 where time is short.
     """
 
     work: Path
@@ -37,6 +38,7 @@ class Run:
     compile: bool = True
     seed: int = 0
     out: Path = Path("flux2_local/tiny")
+    share: float = 1.0
 
     def path(self, name: str) -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ class Trainer:
         rate_seen, rate_time = self.seen, time.monotonic()
         while (share := self.progress()) < 1:
             batch = next(batches)
-            warm = min(1.0, (self.step + 1) / 200, (self.step - first + 1) / 50)
+            warm = min(1.0, (self.step + 1) / 100, (self.step - first + 1) / 50)
             lr = self.lr * warm * min(1.0, max(0.1, (1 - share) * 4))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -156,7 +158,10 @@ class Trainer:
             now = time.monotonic()
             if now - self.told > 30:
                 rate = (self.seen - rate_seen) / (now - rate_time)
-                print(f"{self.name}: step {self.step} seen {self.seen} loss {running:.5f} lr {lr:.2e} {rate:.1f}/s {share:.0%}", flush=True)  # fmt: skip
+                print(
+                    f"{self.name}: step {self.step} seen {self.seen} loss {running:.5f} lr {lr:.2e} {rate:.1f}/s {share:.0%}",
+                    flush=True,
+                )
                 self.told, rate_seen, rate_time = now, self.seen, now
             if now - self.saved > 300:
                 self.save()
