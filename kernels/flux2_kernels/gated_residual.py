@@ -29,9 +29,7 @@ def exact(x: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor]:
     return (total(x, gate, y),)
 
 
-def exact_norm(
-    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, **_: object
-) -> tuple[Tensor, Tensor]:
+def exact_norm(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     """The sum and its norm before rounding."""
     wide = total(x, gate, y)
     return wide, modulated_norm.exact(wide, shift, scale)[0]

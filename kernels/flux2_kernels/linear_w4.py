@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constraint import HALF, Constraint, Dims, Format, multiple, one_of
+from .constraint import HALF, Constraint, Dims, Format, Rule, multiple, one_of
 from .op import Case, Cost, Function, Implementation, Inputs, Op, product, size_of
 from .quantize_rows import SMALLEST_ROW, quantize, rows, widen
 from .shapes import MODELS, TOKENS
@@ -142,7 +142,8 @@ SHAPES = tuple(
     for layer, (n, k) in MODELS[name].linears.items()
     if layer.startswith("single")
 )
-RULES = (one_of("group", *GROUPS), multiple("n", 8))
+WHOLE_GROUPS = Rule("k must be a multiple of group", lambda d: d.get("k", 0) % d.get("group", 1) == 0)
+RULES = (one_of("group", *GROUPS), WHOLE_GROUPS, multiple("n", 8))
 
 OPS = (
     Op(

@@ -58,7 +58,11 @@ def modulation(case: Case, form: Format, device: torch.device, draw: torch.Gener
 def inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator) -> Inputs:
     """Rows with a mean of three; ``dims``: batch, tokens, width."""
     x = rows(case, form.dtype, device, draw) + 3 * (not case.strided)
-    given: Inputs = {"x": x, "shift": modulation(case, form, device, draw), "scale": modulation(case, form, device, draw)}
+    given: Inputs = {
+        "x": x,
+        "shift": modulation(case, form, device, draw),
+        "scale": modulation(case, form, device, draw),
+    }
     return given if form.quantized is None else {**given, "dtype": form.quantized}
 
 

@@ -56,11 +56,13 @@ class Implementation:
         name: "reference", "triton" or a library's name.
         load: imports what is needed and returns the function; called once, when the implementation is chosen.
         constraint: where it can run.
+        slack: as :attr:`Op.slack`, for an implementation that rounds where the op does not.
     """
 
     name: str
     load: Callable[[], Function]
     constraint: Constraint
+    slack: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ def single_inputs(case: Case, form: Format, device: torch.device, draw: torch.Ge
     head_dim."""
     dims = case.dims
     width = dims["heads"] * dims["head_dim"]
-    packed = rows(Case("", {**dims, "width": 4 * width if case.strided else width}, case.strided), form.dtype, device, draw)
+    packed = rows(
+        Case("", {**dims, "width": 4 * width if case.strided else width}, case.strided), form.dtype, device, draw
+    )
     cos, sin = angles(case, device, draw)
     weight = 1 + 0.2 * torch.randn(dims["head_dim"], device=device, generator=draw)
     x = packed[..., -width:].unflatten(-1, (dims["heads"], dims["head_dim"]))
@@ -95,7 +97,9 @@ def inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator
     """q and k; the first two parts of a packed projection where the case is strided."""
     dims = case.dims
     width = dims["heads"] * dims["head_dim"]
-    packed = rows(Case("", {**dims, "width": 9 * width if case.strided else 2 * width}, case.strided), form.dtype, device, draw)
+    packed = rows(
+        Case("", {**dims, "width": 9 * width if case.strided else 2 * width}, case.strided), form.dtype, device, draw
+    )
     cos, sin = angles(case, device, draw)
     q, k = (packed[..., i * width : (i + 1) * width].unflatten(-1, (dims["heads"], -1)) for i in range(2))
     weights = (1 + 0.2 * torch.randn((2, dims["head_dim"]), device=device, generator=draw)).to(form.dtype)

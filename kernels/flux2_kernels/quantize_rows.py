@@ -51,7 +51,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), scale.float()
 
 
-def exact(x: Tensor, dtype: torch.dtype, hadamard: int = 0) -> tuple[Tensor, ...]:
+def exact(x: Tensor, dtype: torch.dtype, hadamard: int = 0) -> tuple[Tensor]:
     """What ``values * scale`` stands for."""
     return (rotate(widen(x), hadamard),)
 
@@ -67,7 +67,7 @@ def reference(x: Tensor, dtype: torch.dtype, hadamard: int = 0) -> tuple[Tensor,
     Returns:
         values [..., K] in ``dtype``, contiguous, and float32 scales [..., 1]. A row with a NaN has the scale NaN.
     """
-    return quantize(*exact(x, dtype, hadamard), dtype)
+    return quantize(exact(x, dtype, hadamard)[0], dtype)
 
 
 def rows(case: Case, dtype: torch.dtype, device: torch.device, draw: torch.Generator, width: str = "width") -> Tensor:
@@ -88,6 +88,7 @@ def inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator
 
 def cost(dims: Dims, form: Format) -> Cost:
     """Rows in, values and scales out; three operations an element, and the rotation."""
+    assert form.quantized is not None
     elements = product(dims, "batch", "tokens", "width")
     written = elements * size_of(form.quantized) + 4 * product(dims, "batch", "tokens")
     return Cost(elements * size_of(form.dtype) + written, elements * (3 + 2 * dims.get("hadamard", 0)))

@@ -101,7 +101,8 @@ CASES = (
     Case("batch", {"batch": 4, "tokens": 7, "mlp": 384, "left": 128}, strided=True),
 )
 SHAPES = tuple(
-    Case(name, {"batch": 1, "tokens": TOKENS, "mlp": m.mlp, "left": m.width}, strided=True) for name, m in MODELS.items()
+    Case(name, {"batch": 1, "tokens": TOKENS, "mlp": m.mlp, "left": m.width}, strided=True)
+    for name, m in MODELS.items()
 )
 
 OPS = (

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .constraint import Format, name_of
 FOLDER = Path(__file__).parent / "tuned"
 
 Config = Mapping[str, Any]
+
+_imposed: dict[str, Config] = {}
 
 
 @functools.cache
@@ -55,7 +58,19 @@ def config_of(sm: int, kernel: str, **dims: int) -> Config:
 
     An entry's ``equal`` names dimensions that must match, ``at_most`` dimensions that must not exceed a value.
     """
-    return _config(sm, kernel, tuple(sorted(dims.items())))
+    return _imposed.get(kernel) or _config(sm, kernel, tuple(sorted(dims.items())))
+
+
+@contextmanager
+def imposed(kernel: str, config: Config) -> Iterator[None]:
+    """Launch ``kernel`` with ``config``, whatever the tables say; for tests and the tuner."""
+    before = dict(_imposed)
+    _imposed[kernel] = config
+    try:
+        yield
+    finally:
+        _imposed.clear()
+        _imposed.update(before)
 
 
 def order_of(sm: int, op: str, form: Format, default: Sequence[str]) -> list[str]:

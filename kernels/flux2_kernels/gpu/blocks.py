@@ -31,9 +31,10 @@ def quantize(x, scale, INTEGER: tl.constexpr, LARGEST: tl.constexpr):
     if INTEGER:
         x = tl.where(x == x, x, 0.0)
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-        return ((x + ROUND) - ROUND).to(tl.int8)
+        values = ((x + ROUND) - ROUND).to(tl.int8)
     else:
-        return tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x)).to(tl.float8e4nv)
+        values = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x)).to(tl.float8e4nv)
+    return values
 
 
 @triton.jit

@@ -8,13 +8,35 @@ from torch import Tensor
 from .. import modulated_norm as norm_op
 from ..tables import config_of
 from . import blocks
-from .launch import DEVICES, Launch, batch_stride, check_modulation, check_rows, empty_quantized, options_of, require, sm
+from .launch import (
+    DEVICES,
+    Launch,
+    batch_stride,
+    check_modulation,
+    check_rows,
+    empty_quantized,
+    options_of,
+    require,
+    sm,
+)
 from .modulated_norm import quantization
 
 
 @triton.jit
 def gated_residual_kernel(
-    x, gate, y, out, tokens, width, x_batch, x_token, y_batch, y_token, gate_batch, BLOCK: tl.constexpr, HALF: tl.constexpr
+    x,
+    gate,
+    y,
+    out,
+    tokens,
+    width,
+    x_batch,
+    x_token,
+    y_batch,
+    y_token,
+    gate_batch,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens

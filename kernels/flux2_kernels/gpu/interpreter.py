@@ -1,7 +1,8 @@
 """What Triton's interpreter does unlike the hardware, put right with torch.
 
 It truncates where the hardware rounds to nearest even, its fp8 has no NaN, it takes integers for the bits of a bfloat16, and
-its dot multiplies such bits. For tests and dry runs under ``TRITON_INTERPRET=1``: a kernel's bounds then mean the same interpreted and on a chip.
+its dot multiplies such bits. For tests and dry runs under ``TRITON_INTERPRET=1``: a kernel's bounds then mean the same
+interpreted and on a chip.
 """
 
 from __future__ import annotations

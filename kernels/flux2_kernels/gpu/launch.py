@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
+    options: dict[str, Any]
+    device: torch.device
 
     def run(self) -> None:
         """Enqueue on the current stream of the tensors' device; nothing waits."""

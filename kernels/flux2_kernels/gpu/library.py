@@ -114,9 +114,7 @@ def linear_w8a8(
     return result
 
 
-def linear_w8a8_gated(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor
-) -> Tensor:
+def linear_w8a8_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     """As :func:`flux2_kernels.linear_w8a8.gated_reference`, except that fp8 sums are rounded to bfloat16 in between."""
     check(x, x_scale, w, w_scale)
     if x.dtype == FP8:

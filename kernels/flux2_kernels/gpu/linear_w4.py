@@ -89,9 +89,12 @@ def kept_config(x: Tensor, w: Tensor, at: int) -> Config:
 
 
 def _room(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    require(x.ndim == 3 and w.ndim == 2, f"x must be [B, T, K] and w [N, K / 2], not {tuple(x.shape)}, {tuple(w.shape)}")
+    require(
+        x.ndim == 3 and w.ndim == 2, f"x must be [B, T, K] and w [N, K / 2], not {tuple(x.shape)}, {tuple(w.shape)}"
+    )
     require(x.shape[2] == 2 * w.shape[1], f"x has {x.shape[2]} channels and w takes {2 * w.shape[1]}")
-    fits = w_scale.ndim == 2 and w_scale.shape[0] == w.shape[0] and group_of(w, w_scale) in GROUPS
+    fits = w_scale.ndim == 2 and w_scale.shape[0] == w.shape[0] and x.shape[2] % w_scale.shape[1] == 0
+    fits = fits and group_of(w, w_scale) in GROUPS
     require(fits, f"w_scale must be [N, K / group] with a group of {GROUPS}, not {tuple(w_scale.shape)}")
     require(w.is_contiguous() and w_scale.is_contiguous(), "w and w_scale must be contiguous")
     check_evenly_spaced(x, x_scale)

@@ -18,6 +18,7 @@ from ..tables import Config, config_of
 from .launch import DEVICES, Launch, batch_stride, check_rows, options_of, require, sm
 
 PROGRAMS_OFF_CUDA = 4
+FARTHEST_ROW = 2**22  # offsets inside a tile of up to 256 rows have 32 bits
 
 
 @triton.jit
@@ -54,7 +55,10 @@ def finish(
     """Scale a tile of sums, gate it, add the residual, store it."""
     inside, across = row < rows, column < columns
     keep = inside[:, None] & across[None]
-    factor = tl.load(x_scale + row, mask=inside, other=0.0)[:, None] * tl.load(w_scale + column, mask=across, other=0.0)[None]
+    factor = (
+        tl.load(x_scale + row, mask=inside, other=0.0)[:, None]
+        * tl.load(w_scale + column, mask=across, other=0.0)[None]
+    )
     values = total.to(tl.float32) * factor
     batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     if GATED:
@@ -239,6 +243,9 @@ def check_evenly_spaced(x: Tensor, x_scale: Tensor | None = None) -> None:
     """The rows of x [B, T, K] must follow one another at one step, as one matrix; scales must be float32 [B, T, 1]."""
     check_rows(x=x)
     require(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1), "the rows of x must be evenly spaced in memory")
+    require(
+        x.stride(1) <= FARTHEST_ROW, f"the rows of x may lie at most {FARTHEST_ROW} elements apart, not {x.stride(1)}"
+    )
     if x_scale is not None:
         fits = tuple(x_scale.shape) == (*x.shape[:2], 1) and x_scale.is_contiguous() and x_scale.dtype == torch.float32
         require(fits, f"x_scale must be contiguous float32 {(*x.shape[:2], 1)}, not {tuple(x_scale.shape)}")
@@ -314,9 +321,7 @@ def linear_w8a8(
     return out
 
 
-def linear_w8a8_gated(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor
-) -> Tensor:
+def linear_w8a8_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     """As :func:`flux2_kernels.linear_w8a8.gated_reference`."""
     result: Tensor = torch.ops.flux2_kernels.linear_w8a8_gated(x, x_scale, w, w_scale, gate, residual)
     return result

@@ -162,9 +162,7 @@ def _qk_norm_rope(
 
 
 @_qk_norm_rope.register_fake
-def _(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     _check_pair(q, k, q_weight, k_weight, cos, sin, q_out, k_out)
     return q_out, k_out

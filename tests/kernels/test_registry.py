@@ -1,0 +1,163 @@
+"""Which implementation is chosen where, and why another is not: without a card, from the description of a place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, place_of, reasons
+from flux2_kernels.constraint import FP8
+from flux2_kernels.shapes import MODELS
+from flux2_kernels.tables import config_of, imposed, kept_sms, nearest, order_of, table
+
+INT8 = Format(torch.bfloat16, torch.int8)
+E4M3 = Format(torch.bfloat16, FP8)
+SMS = (80, 86, 89, 90, 100, 120)
+
+
+def card(sm: int) -> Place:
+    return Place("cuda", sm, triton=True)
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, flux2_kernels; assert not [m for m in sys.modules if m.split('.')[0] == 'triton']"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_the_reference_runs_everywhere_and_comes_last(op: Op) -> None:
+    assert op.implementations[-1].name == "reference"
+    for form in op.formats:
+        assert reasons(op.name, Place("cpu"), form)["reference"] is None
+        assert choose(op.name, "cpu", form).function is op.reference
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_model_shape_has_a_kernel_on_every_sm(op: Op) -> None:
+    """In half precision, at the sizes that the models call; fp8 from SM 89 on."""
+    for sm in SMS:
+        for form in op.formats:
+            for case in op.shapes:
+                refused = reasons(op.name, card(sm), form, case.dims)["triton"]
+                if form.quantized == FP8 and sm < 89:
+                    assert refused == f"it needs compute capability 8.9 and the device has {sm / 10:.1f}"
+                else:
+                    assert refused is None
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "form", "dims", "reason"),
+    [
+        ("swiglu", Place("cpu", triton=True), Format(torch.bfloat16), {}, "it needs an NVIDIA GPU"),
+        ("swiglu", Place("mps"), Format(torch.bfloat16), {}, "Triton is not installed"),
+        ("swiglu", card(75), Format(torch.bfloat16), {}, "compute capability 8.0"),
+        ("swiglu", card(90), Format(torch.float64), {}, "float64 is not among its dtypes"),
+        ("modulated_norm", card(90), Format(torch.bfloat16), {"width": 20000}, "width must be at most 16384"),
+        ("qk_norm_rope", card(90), Format(torch.bfloat16), {"head_dim": 96}, "power of two from 16 to 256"),
+        ("quantize_rows", card(90), INT8, {"hadamard": 48}, "hadamard must be one of"),
+        ("quantize_rows", card(90), INT8, {"hadamard": 128, "width": 100}, "multiple of hadamard"),
+        ("quantize_rows", card(86), E4M3, {}, "compute capability 8.9"),
+        ("linear_w8a8", card(90), INT8, {"k": 100}, "k must be a multiple of 16"),
+        ("linear_w4a16", card(90), Format(torch.bfloat16), {"group": 32}, "group must be one of 64, 128"),
+        ("linear_w4a16", card(90), Format(torch.bfloat16), {"group": 128, "k": 192}, "k must be a multiple of group"),
+    ],
+)
+def test_an_implementation_that_cannot_run_says_why(
+    name: str, place: Place, form: Format, dims: dict[str, int], reason: str
+) -> None:
+    why = reasons(name, place, form, dims)["triton"]
+    assert why is not None and reason in why
+    with pytest.raises(KernelUnavailable, match="implementation 'triton' of") as caught:
+        choose(name, place, form, dims, "triton")
+    assert reason in str(caught.value) and "reference" in str(caught.value)
+
+
+def test_auto_takes_the_next_and_keeps_the_reason() -> None:
+    choice = choose("modulated_norm", card(75), torch.float16)
+    assert choice.implementation == "reference"
+    assert choice.rejected == {"triton": "it needs compute capability 8.0 and the device has 7.5"}
+    assert (
+        choose("modulated_norm", Place("cpu"), torch.float32).rejected["triton"].startswith("Triton is not installed")
+    )
+
+
+def test_a_format_that_nothing_takes_is_an_error() -> None:
+    with pytest.raises(KernelUnavailable, match="no implementation of linear_w4a16 can run here"):
+        choose("linear_w4a16", "cpu", torch.float64)
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(KeyError, match="modulated_norm"):
+        choose("layer_norm", "cpu", torch.float32)
+    with pytest.raises(KeyError, match="triton, reference"):
+        choose("swiglu", "cpu", torch.float32, implementation="cuda")
+
+
+def test_the_library_comes_first_where_the_table_says_so() -> None:
+    defaults = [i.name for i in OPS["linear_w8a8"].implementations]
+    for sm in SMS:
+        kept = table(sm)["order"]["linear_w8a8"]
+        assert order_of(sm, "linear_w8a8", INT8, defaults)[: len(kept["int8"])] == kept["int8"]
+    assert next(iter(reasons("linear_w8a8", card(90), E4M3))) == table(90)["order"]["linear_w8a8"]["float8_e4m3fn"][0]
+    assert order_of(0, "linear_w8a8", INT8, defaults) == defaults
+
+
+def test_int_mm_wants_more_than_16_rows() -> None:
+    assert reasons("linear_w8a8", card(90), INT8, {"rows": 16})["int_mm"] == "rows must be more than 16"
+    assert reasons("linear_w8a8", card(90), INT8, {"rows": 17})["int_mm"] is None
+
+
+def test_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert place_of("cpu").device == "cpu" and not place_of("cpu").interpreter
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert place_of("cpu").interpreter
+
+
+def test_tables() -> None:
+    assert kept_sms() == SMS
+    assert [nearest(sm) for sm in (75, 80, 87, 89, 103, 121)] == [80, 80, 86, 89, 100, 120]
+    for sm in SMS:
+        assert table(sm)["sm"] == sm
+        kernels = set(table(80)["configs"]) | ({"linear_w8a8_fp8"} if sm >= 89 else set())
+        assert set(table(sm)["configs"]) == kernels
+        for entries in table(sm)["configs"].values():
+            assert "equal" not in entries[-1] and "at_most" not in entries[-1], "the last entry serves every problem"
+
+
+def test_the_first_entry_that_fits_is_taken() -> None:
+    entries = table(80)["configs"]["modulated_norm"]
+    assert config_of(80, "modulated_norm", width=entries[0]["at_most"]["width"])["num_warps"] == entries[0]["num_warps"]
+    assert config_of(80, "modulated_norm", width=16384)["num_warps"] == entries[-1]["num_warps"]
+    with imposed("modulated_norm", {"num_warps": 2}):
+        assert config_of(80, "modulated_norm", width=16384) == {"num_warps": 2}
+    assert config_of(80, "modulated_norm", width=16384)["num_warps"] == entries[-1]["num_warps"]
+
+
+def test_costs_by_hand() -> None:
+    """dev at 1024 × 1024: bytes and operations of one norm and one matmul."""
+    dims = {"batch": 1, "tokens": 4608, "width": 6144}
+    norm = OPS["modulated_norm"].cost(dims, Format(torch.bfloat16))
+    assert norm.bytes == 2 * (2 * 4608 * 6144 + 2 * 6144) and norm.matmul is None
+    linear = OPS["linear_w8a8"].cost({"batch": 1, "tokens": 4608, "n": 55296, "k": 6144}, E4M3)
+    assert linear.flops == 2 * 4608 * 55296 * 6144 and linear.matmul == FP8
+    assert linear.bytes == (4608 + 55296) * 6144 + 4 * (4608 + 55296) + 2 * 4608 * 55296
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_costs_count_the_tensors_of_a_case(op: Op) -> None:
+    """Bytes by the formula against the sizes of real inputs and outputs, one batch and dense."""
+    case, form = op.cases[0], op.formats[0]
+    inputs = op.inputs(case, form, torch.device("cpu"), torch.Generator().manual_seed(0))
+    outputs = op.reference(**inputs)
+    tensors = [
+        x for x in (*inputs.values(), *([outputs] if torch.is_tensor(outputs) else outputs)) if torch.is_tensor(x)
+    ]
+    assert op.cost(case.dims, form).bytes == sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_model_shapes() -> None:
+    assert MODELS["dev"].linears["single-in"] == (55296, 6144)
+    assert MODELS["dev"].linears["single-out"] == (6144, 24576)
