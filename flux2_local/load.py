@@ -81,7 +81,6 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     with torch.device("meta"):
         transformer = Flux2Transformer(arch.transformer, REFERENCE)
         text_encoder = LanguageModel(arch.language, arch.text_layers)
-        vae = Autoencoder(arch.autoencoder)
     fill_transformer(transformer, checkpoint, DTYPES[plan.transformer.format])
     for adapter in adapters:
         loras.merge(transformer, loras.read(adapter.path), adapter.strength, adapter.path.name)
@@ -93,13 +92,7 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         source=str(folder / "text_encoder"),
         rename=language_name,
     )
-    weights.fill(
-        vae,
-        weights.read_files(weights.weight_files(folder / "vae")),
-        dtype=DTYPES[plan.vae.format],
-        source=str(folder / "vae"),
-        keep_dtype=KEPT_FLOAT32,
-    )
+    vae = build_vae(checkpoint, DTYPES[plan.vae.format])
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)
@@ -108,6 +101,16 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     return Components(
         transformer, text_encoder, vae, ChatTokenizer(folder / "tokenizer"), prompt_style(checkpoint), device, *holds
     )
+
+
+def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:
+    """The checkpoint's autoencoder, on the host."""
+    with torch.device("meta"):
+        vae = Autoencoder(AutoencoderConfig.from_dict(checkpoint.config("vae")))
+    folder = checkpoint.folder / "vae"
+    files = weights.read_files(weights.weight_files(folder))
+    weights.fill(vae, files, dtype=dtype, source=str(folder), keep_dtype=KEPT_FLOAT32)
+    return vae
 
 
 def fill_transformer(transformer: Flux2Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,11 +65,15 @@ class Flux2:
         """Load the weights. Use :meth:`load`, which makes the plan."""
         self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
         self.notes = model_notes(checkpoint, settings.variant)
-        path = store.require_lora(checkpoint, settings.variant)
-        own = (lora.Lora(path),) if path is not None else ()
-        self._components = load.build(plan, checkpoint, hardware, (*own, *settings.adapters))
+        self._components = self._build(plan)
+        self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
         self._expander: Expander | None = None
+
+    def _build(self, plan: Plan) -> load.Components:
+        path = store.require_lora(self.checkpoint, self.settings.variant)
+        own = (lora.Lora(path),) if path is not None else ()
+        return load.build(plan, self.checkpoint, self.hardware, (*own, *self.settings.adapters))
 
     @classmethod
     def load(
@@ -118,7 +123,7 @@ class Flux2:
         cancel: CancelCheck | None = None,
         **fields: Any,
     ) -> Result:
-        """Turn a prompt into pictures.
+        """Turn a prompt into pictures. Threads that share a model take turns.
 
         Args:
             prompt: what to draw, or a whole :class:`Request`.
@@ -137,27 +142,38 @@ class Flux2:
         else:
             fields = {"prompt": prompt, **fields}
         request = make_request(self.settings.variant, fields).seeded()
-        self._check(request)
-        run = Run(self, request, Reporter(progress, cancel))
+        plan = self._plan_for(request)
+        if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
+            self._checker = safety.make_checker()
+        run = Run(self, plan, request, Reporter(progress, cancel))
         try:
-            return run.result()
+            with self._turn:
+                run.notes += self._adopt(plan)
+                return run.result()
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._out_of_memory(request) from error
             raise
 
-    def _check(self, request: Request) -> None:
-        """Refuse before any work what cannot be done."""
-        asked = request.acceleration
-        if asked is not None and asked != self.plan.acceleration:
-            other = make_plan(self._need(request, asked), self.hardware, self.settings.vram, self.settings.dtype)
-            if built(other) != built(self.plan):
-                raise RequestError(
-                    f"acceleration={asked!r} needs the weights in another form than they were loaded in "
-                    f"({self.plan.acceleration}). Load with Flux2.load(acceleration={asked!r})."
-                )
-        if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
-            self._checker = safety.make_checker()
+    def _plan_for(self, request: Request) -> Plan:
+        """How this request runs: its size and acceleration may ask for more than the weights were loaded for.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        need = self._need(request, request.acceleration or self.settings.acceleration)
+        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype)
+
+    def _adopt(self, plan: Plan) -> list[str]:
+        """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
+        if built(plan) == built(self.plan):
+            return []
+        before, self.plan = self.plan, plan
+        del self._components  # the old weights leave before the new ones come
+        self._components = self._build(plan)
+        self._expander = None
+        changed = ", ".join(f"{a} instead of {b}" for a, b in zip(forms(plan), forms(before), strict=True) if a != b)
+        return [f"The weights were loaded again for this request: {changed}."]
 
     def _need(self, request: Request, acceleration: Acceleration) -> Need:
         width, height = request.size
@@ -172,7 +188,7 @@ class Flux2:
 
     def _out_of_memory(self, request: Request) -> OutOfMemoryError:
         width, height = request.size
-        need = self._need(request, self.plan.acceleration)
+        need = self._need(request, request.acceleration or self.settings.acceleration)
         smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
         try:
             peak = make_plan(need, self.hardware, None, self.settings.dtype).peak_bytes
@@ -264,6 +280,12 @@ def model_notes(checkpoint: Checkpoint, variant: Variant) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def forms(plan: Plan) -> tuple[str, ...]:
+    """What :func:`built` compares, in words that a user reads."""
+    layout = "channels-last convolutions" if plan.channels_last else "convolutions as stored"
+    return plan.transformer.format, f"{plan.transformer.placement} weights", layout
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
@@ -277,6 +299,7 @@ class Run:
     """One request on its way through the stages."""
 
     flux: Flux2
+    plan: Plan
     request: Request
     report: Reporter
     seconds: dict[str, float] = field(default_factory=dict)
@@ -318,7 +341,7 @@ class Run:
         message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
         with self.stage("expand"):
             if flux._expander is None:
-                dtype = load.DTYPES[flux.plan.text_encoder.format]
+                dtype = load.DTYPES[self.plan.text_encoder.format]
                 flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
             assert self.request.seed is not None
             return flux._expander(self.request.prompt, system[message], self.request.seed)
@@ -416,7 +439,7 @@ class Run:
 
         c = self.flux._components
         with self.stage("decode"), c.hold_vae(), torch.inference_mode():
-            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *grid)))
+            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *grid), self.plan.vae_tile))
         return images.crop(picture, *self.request.size)
 
     def check(self, pictures: list[Image.Image]) -> list[tuple[Image.Image, bool]]:
@@ -453,8 +476,8 @@ class Run:
             "version": __version__,
             "model": flux.checkpoint.source,
             "variant": flux.settings.variant,
-            "acceleration": request.acceleration or flux.plan.acceleration,
-            "dtype": flux.plan.dtype,
+            "acceleration": self.plan.acceleration,
+            "dtype": self.plan.dtype,
             "seed": seed,
             "steps": flux.steps(request),
             **fields,

@@ -19,8 +19,8 @@ Placement = Literal["resident", "staged"]
 SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
 """Bytes left to the CUDA context or to the operating system."""
 
-TILE_PIXELS = 768 * 768
-"""Pictures above this may be decoded in tiles where memory is short."""
+TILE = 512
+"""Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    candidates = [Candidate(need, dtype, placement, tile) for placement in placements(hardware) for tile in (0, 512)]
+    tiles = (0,) if need.tier.exact else (0, TILE)
+    candidates = [Candidate(need, dtype, placement, tile) for placement in placements(hardware) for tile in tiles]
     winner = next((c for c in candidates if c.peak <= limit), None)
     if winner is None:
         smallest = min(c.peak for c in candidates) + SYSTEM_RESERVE[hardware.kind]

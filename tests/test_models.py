@@ -1,5 +1,7 @@
 """The three networks against diffusers' and transformers' own, on the same weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from components import (
@@ -14,9 +16,10 @@ from components import (
 from diffusers import Flux2Pipeline, Flux2Transformer2DModel
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
+from flux2_local import load, store
 from flux2_local.latents import image_positions, noise, pack, reference_positions, text_positions, unpack
 from flux2_local.load import language_name
-from flux2_local.model.autoencoder import Autoencoder, AutoencoderConfig, patchify, unpatchify
+from flux2_local.model.autoencoder import Autoencoder, AutoencoderConfig, patchify, starts, unpatchify
 from flux2_local.model.language import LanguageConfig, LanguageModel
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
 from flux2_local.weights import fill
@@ -103,6 +106,28 @@ def test_autoencoder_is_bit_exact_in_float32():
         got = ours.encode(pixels)
         assert torch.equal(want, got)
         assert torch.equal(theirs.decode(Flux2Pipeline._unpatchify_latents(got * std + mean)).sample, ours.decode(got))
+
+
+def test_decoding_in_tiles_is_close_to_decoding_whole():
+    """Groups are normalised per tile, so tiles differ a little from the whole picture, without seams."""
+    vae = load.build_vae(store.find("tiny", "standard"), torch.float32)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 768), torch.linspace(-1, 1, 1024), indexing="ij")
+    picture = torch.stack([x * y, y, -y])[None] * 0.7
+    with torch.inference_mode():
+        latents = vae.encode(picture)
+        whole, tiled = vae.decode(latents), vae.decode(latents, 512)
+        assert torch.equal(vae.decode(latents, 1024), whole)  # one tile covers it
+    error = tiled - whole
+    assert tiled.shape == whole.shape == picture.shape
+    assert error.square().mean().sqrt() < 0.05
+    assert error.diff(dim=3).abs().mean((0, 1, 2)).max() < 0.02
+
+
+@pytest.mark.parametrize(("length", "side"), [(14, 6), (11, 6), (6, 6), (3, 6), (100, 16)])
+def test_tiles_cover_everything_and_overlap(length, side):
+    begin = starts(length, side)
+    assert begin[0] == 0 and begin[-1] + side >= length and len(set(begin)) == len(begin)
+    assert all(b - a <= side - side // 4 for a, b in pairwise(begin))
 
 
 def test_patchify_is_the_pipelines_and_back():

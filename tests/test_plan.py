@@ -18,6 +18,11 @@ def need(name="klein-4b", variant="standard", tier="regular", work=None):
     return Need(name, variant, tiers()[tier], family_architecture(preset), work or Work())
 
 
+def need_of(folder, tier, work=None):
+    checkpoint = store.find(folder, "standard")
+    return Need("m", "standard", tiers()[tier], load.architecture(checkpoint), work or Work())
+
+
 def test_parameter_counts_are_the_published_ones():
     counts = {name: costs.parameters(family_architecture(models()[name])) for name in ("dev", "klein-9b", "klein-4b")}
     assert [round(c["transformer"] / 1e9, 2) for c in counts.values()] == [32.22, 9.08, 3.88]
@@ -72,6 +77,27 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can():
         make_plan(need(), from_preset("rtx-4090"), smallest - 2**20)
 
 
+def test_a_picture_too_large_to_decode_whole_is_decoded_in_tiles(dev_folder, monkeypatch):
+    with pytest.raises(BudgetError) as caught:
+        make_plan(need_of(dev_folder, "regular", Work(1024, 1024)), probe("cpu"), 1)
+    flux = Flux2.load(dev_folder, vram=caught.value.smallest)
+    seen = []
+    decode = flux._components.vae.decode
+
+    def recorded(z, tile=None):
+        if tile is not None:  # decoding a tile calls decode again, without
+            seen.append(tile)
+        return decode(z, tile or 0)
+
+    monkeypatch.setattr(flux._components.vae, "decode", recorded)
+    flux.generate("a boat", image_size="square_hd", num_inference_steps=4, enable_safety_checker=False)
+    assert seen == [512]
+    flux.generate("a boat", image_size="square", num_inference_steps=4, enable_safety_checker=False)
+    assert seen == [512, 0]
+    with pytest.raises(BudgetError):  # the exact tier decodes whole pictures, as the reference does
+        make_plan(need_of(dev_folder, "none", Work(1024, 1024)), probe("cpu"), caught.value.smallest)
+
+
 def test_larger_work_costs_more():
     small, large = (make_plan(need(work=Work(s, s)), from_preset("h200")) for s in (512, 2048))
     assert large.seconds > 8 * small.seconds and large.peak_bytes > small.peak_bytes
@@ -93,16 +119,14 @@ def test_every_known_device_can_be_planned_for(device):
 def test_tiers_differ_where_they_can(dev_folder, monkeypatch):
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     hw = probe("cpu")
-    arch = load.architecture(store.find(dev_folder, "standard"))
-    plans = {t: make_plan(Need("m", "standard", tiers()[t], arch, Work()), hw) for t in ("none", "regular")}
+    plans = {t: make_plan(need_of(dev_folder, t), hw) for t in ("none", "regular")}
     assert plans["none"].dtype == "float32" and plans["regular"].dtype == "bfloat16"
     assert built(plans["none"]) != built(plans["regular"])
 
 
 def test_a_machine_without_bfloat16_computes_in_float32(dev_folder, monkeypatch):
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
-    arch = load.architecture(store.find(dev_folder, "standard"))
-    plan = make_plan(Need("m", "standard", tiers()["regular"], arch, Work()), probe("cpu"))
+    plan = make_plan(need_of(dev_folder, "regular"), probe("cpu"))
     assert plan.dtype == "float32"
     assert ("bfloat16", f"{probe('cpu').name} has no fast bfloat16 matrix products") in plan.choices[0].rejected
 

@@ -216,14 +216,49 @@ class Autoencoder(nn.Module):
         mean, std = self.statistics(latents.dtype)
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised patchified latents, in the sampler's dtype, -> pixels, not yet clamped."""
+    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
+        """Normalised patchified latents, in the sampler's dtype, -> pixels, not yet clamped.
+
+        Args:
+            latents: [B, C, h, w].
+            tile: side of a tile in pixels, where memory is short; tiles overlap by a quarter and are blended linearly.
+                0 decodes whole pictures.
+        """
+        if tile and max(latents.shape[2:]) * self.multiple > tile:
+            return self._decode_tiles(latents, max(4, tile // self.multiple))
         mean, std = self.statistics(latents.dtype)
         z = unpatchify(latents * std + mean)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         out: Tensor = self.decoder(z)
         return out
+
+    def _decode_tiles(self, latents: Tensor, side: int) -> Tensor:
+        """Tiles of side × side tokens, each weighted by a ramp towards its edges; the sum is divided by the weights' sum."""
+        b, _, height, width = latents.shape
+        m, overlap = self.multiple, side // 4 * self.multiple
+        total = latents.new_zeros(b, self.config.out_channels, height * m, width * m, dtype=torch.float32)
+        weights = total.new_zeros(1, 1, height * m, width * m)
+        for y in starts(height, side):
+            for x in starts(width, side):
+                part = self.decode(latents[:, :, y : y + side, x : x + side]).float()
+                weight = ramp(part.shape[2], overlap, part)[:, None] * ramp(part.shape[3], overlap, part)
+                area = (..., slice(y * m, y * m + part.shape[2]), slice(x * m, x * m + part.shape[3]))
+                total[area] += part * weight
+                weights[area] += weight
+        return total.div_(weights).to(latents.dtype)
+
+
+def starts(length: int, side: int) -> list[int]:
+    """Where tiles of ``side`` begin along ``length``, the last one flush with the end; they overlap by at least a quarter."""
+    last = max(0, length - side)
+    return [*range(0, last, side - side // 4), last]
+
+
+def ramp(length: int, overlap: int, like: Tensor) -> Tensor:
+    """Blending weights along one side of a tile: rising over ``overlap`` pixels at either end, 1 in between."""
+    place = torch.arange(length, device=like.device, dtype=torch.float32) + 0.5
+    return torch.minimum(place, length - place).div(overlap).clamp(max=1)
 
 
 def patchify(z: Tensor) -> Tensor:
