@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import Cancelled, Flux2Error, RequestError
-from .presets import variants
-from .request import STANDARD_ONLY, Request, Variant
+from .endpoints import Pipelines, find_endpoint, make_call, make_log
+from .errors import Cancelled, Flux2Error
 
 if TYPE_CHECKING:
-    from .pipeline import Flux2
     from .progress import Progress
+    from .request import Variant
 
 __all__ = [
     "Completed",
@@ -99,9 +98,8 @@ class Job:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def log(self, message: str) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         with self.changed:
-            self.logs.append({"message": message, "level": "INFO", "source": "flux2-local", "timestamp": stamp})
+            self.logs.append(make_log(message))
             self.changed.notify_all()
 
     def move(self, state: str) -> None:
@@ -110,20 +108,14 @@ class Job:
             self.changed.notify_all()
 
 
-@dataclass
-class _Settings:
-    folder: Path = Path("outputs")
-    loading: dict[str, Any] = field(default_factory=dict)
-
-
 class Worker:
     """One thread that works the jobs off in order, and the pipelines it has loaded."""
 
     def __init__(self) -> None:
-        self.settings = _Settings()
+        self.folder = Path("outputs")
         self.jobs: dict[str, Job] = {}
         self.waiting: queue.Queue[Job] = queue.Queue()
-        self.pipelines: dict[tuple[Variant, str], Flux2] = {}
+        self.pipelines = Pipelines({})
         self.thread: threading.Thread | None = None
         self.lock = threading.Lock()
 
@@ -155,7 +147,7 @@ class Worker:
     def work(self, job: Job) -> dict[str, Any]:
         for note in job.notes:
             job.log(note)
-        flux = self.pipeline(job)
+        flux = self.pipelines.get(job.variant, job.fields.get("acceleration"), job.log)
         start = time.perf_counter()
 
         def on_progress(report: Progress) -> None:
@@ -165,22 +157,8 @@ class Worker:
         result = flux.generate(progress=on_progress, cancel=lambda: job.cancelled, **job.fields)
         job.seconds = time.perf_counter() - start
         if not job.fields.get("sync_mode"):
-            result = result.kept(self.settings.folder)
+            result = result.kept(self.folder)
         return result.to_dict()
-
-    def pipeline(self, job: Job) -> Flux2:
-        acceleration = job.fields.get("acceleration", "regular")
-        key = job.variant, acceleration
-        if key not in self.pipelines:
-            from .pipeline import Flux2
-
-            job.log(f"loading {job.application}")
-            self.pipelines[key] = Flux2.load(
-                **{"variant": job.variant, "acceleration": acceleration, **self.settings.loading}
-            )
-            for note in self.pipelines[key].notes:
-                job.log(note)
-        return self.pipelines[key]
 
 
 _worker = Worker()
@@ -192,32 +170,19 @@ def configure(folder: str | Path | None = None, **loading: Any) -> None:
     Pipelines loaded so far are let go of.
     """
     if folder is not None:
-        _worker.settings.folder = Path(folder)
-    if loading:
-        _worker.settings.loading = loading
-    _worker.pipelines.clear()
+        _worker.folder = Path(folder)
+    _worker.pipelines = Pipelines(loading or _worker.pipelines.loading)
 
 
 def make_job(application: str, arguments: dict[str, Any]) -> Job:
     """A job for an endpoint. As over HTTP, unknown keys are ignored, and so are the fields that turbo and flash fix.
 
     Raises:
-        RequestError: no such endpoint.
+        RequestError: no such endpoint, or wrong arguments.
     """
-    name = application.strip("/")
-    found = next((v.name for v in variants().values() if v.endpoint == name), None)
-    if found is None:
-        known = ", ".join(v.endpoint for v in variants().values())
-        raise RequestError(f"There is no endpoint {application!r} here. Endpoints: {known}.")
-    ignored = [k for k in arguments if found != "standard" and k in STANDARD_ONLY]
-    fields = {k: v for k, v in arguments.items() if k in Request.model_fields and k not in ignored}
-    if "image_urls" in arguments:
-        fields["images"] = tuple(arguments["image_urls"])
-    notes = [f"{k} is fixed on {application} and was ignored" for k in ignored]
-    from .request import make_request
-
-    make_request(found, fields)
-    return Job(application, found, fields, notes)
+    endpoint = find_endpoint(application)
+    fields, notes = make_call(endpoint, arguments)
+    return Job(application, endpoint.variant, fields, notes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "flux2_local"
 # Each layer may import the ones after it, and itself.
 LAYERS = (
     ("cli", "server", "batch", "bench", "fal", "playground"),
-    ("explore", "download"),
+    ("explore", "download", "endpoints"),
     ("pipeline",),
     ("safety", "load"),
     ("sampler", "plan", "text", "lora", "store", "offload", "quant", "attention", "cache"),

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..version import __version__
-from . import generate, inspect
+from . import generate, inspect, serve
 
 EXIT_HELP = """
 Exit codes: 0 done, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5 no safety classifier,
@@ -54,6 +54,7 @@ def top(
 
 app.command("generate", help="Turn a prompt into pictures (the default command).")(generate.generate)
 app.command("edit", help="Change or combine pictures: like generate, with at least one --image.")(generate.edit)
+app.command("serve", help="Answer fal's HTTP API on this machine, with a queue and a page to try it.")(serve.serve)
 app.command("plan", help="Say how a request would run on this machine or on a known card, and why.")(inspect.plan)
 app.command("models", help="List the models, what is on this disk and what fits.")(inspect.models)
 app.command("download", help="Fetch a model, its variants' LoRAs and the safety check; goes on where it stopped.")(

@@ -1,0 +1,125 @@
+"""The calls of each endpoint: run, stream and submit."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from ..endpoints import Endpoint, make_call
+from ..request import make_request
+from . import answers, events, schema
+from .addresses import file_base, queue_urls
+from .desk import Desk
+from .jobs import Job
+from .references import collect
+
+
+def desk_of(request: Request) -> Desk:
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
+    """A job from a call's body, with its pictures fetched and its seed drawn.
+
+    Raises:
+        RequestError: a field is wrong, or a picture cannot be had.
+    """
+    desk, base = desk_of(request), file_base(request)
+    arguments: dict[str, Any] = await request.json()
+    fields, notes = make_call(endpoint, arguments)
+    urls = list(fields.pop("images", ()))
+    images = await collect(urls, desk.pictures, (base,), desk.settings.private_urls) if urls else []
+    fields["seed"] = make_request(endpoint.variant, fields).seeded().seed
+    shown = {k: v for k, v in arguments.items() if k in schema.input_model(endpoint).model_fields}
+    if images:
+        shown["image_urls"] = images
+    job = Job(endpoint.name, endpoint.variant, shown, fields, images, base=base, **facts)
+    if not desk.settings.safety_checker and fields.get("enable_safety_checker", True):
+        notes.append("the safety checker is off on this server")
+    for note in notes:
+        job.log(note)
+    return job
+
+
+def add_calls(router: APIRouter, endpoint: Endpoint) -> None:
+    """Register an endpoint's run, stream and submit."""
+    body = schema.input_model(endpoint)
+    common: dict[str, Any] = {"tags": [endpoint.name], "responses": schema.CALLS}
+    name = schema.name_of(endpoint)
+
+    async def run(request: Request, body: BaseModel) -> Response:
+        """Generate and answer when it is done. A caller that hangs up stops the work."""
+        desk = desk_of(request)
+        job = await desk.submit(await make_job(request, endpoint, attached=True))
+        await _ended_or_gone(request, desk, job)
+        return answers.result(job, file_base(request))
+
+    async def stream(request: Request, body: BaseModel) -> Response:
+        """Generate, sending every step with a preview as a server-sent event; the last event is the output."""
+        desk = desk_of(request)
+        job = await desk.submit(await make_job(request, endpoint, attached=True, previews=True))
+        return events.response(_until_gone(desk, job, file_base(request)), job)
+
+    async def submit(
+        request: Request, body: BaseModel, fal_webhook: Annotated[str | None, Query(max_length=2000)] = None
+    ) -> Response:
+        """Queue a request and answer at once."""
+        if fal_webhook is not None and not fal_webhook.startswith(("http://", "https://")):
+            found = {"loc": ["query", "fal_webhook"], "msg": "not an http or https URL", "type": "url_scheme"}
+            return answers.invalid([{**found, "input": fal_webhook}])
+        desk = desk_of(request)
+        job = await desk.submit(await make_job(request, endpoint, webhook=fal_webhook))
+        return answers.Answer(job.status(queue_urls(request, job), None), headers={"x-fal-request-id": job.id})
+
+    for call in (run, stream, submit):
+        call.__annotations__["body"] = body
+    queue = schema.QueueStatus
+    router.post(f"/{endpoint.name}", response_model=schema.Output, operation_id=f"run{name}", **common)(run)
+    router.post(f"/{endpoint.name}/stream", operation_id=f"stream{name}", response_class=EventStream, **common)(stream)
+    router.post(f"/queue/{endpoint.name}", response_model=queue, operation_id=f"submit{name}", **common)(submit)
+
+
+class EventStream(Response):
+    """For the schema: what a streaming call answers with."""
+
+    media_type = "text/event-stream"
+
+
+async def _ended_or_gone(request: Request, desk: Desk, job: Job) -> None:
+    """Wait for a job's end; cancel it when the caller hangs up first."""
+    gone = asyncio.create_task(_hang_up(request))
+    try:
+        while not job.done:
+            change = asyncio.create_task(job.changed.wait())
+            await asyncio.wait((change, gone), return_when=asyncio.FIRST_COMPLETED)
+            change.cancel()
+            if gone.done() and not job.done:
+                await desk.cancel(job)
+                return await _end(job)
+    finally:
+        gone.cancel()
+
+
+async def _end(job: Job) -> None:
+    async for _ in events.changes(job):
+        pass
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _until_gone(desk: Desk, job: Job, base: str) -> Any:
+    """A job's steps; when the caller hangs up, the job is cancelled."""
+    try:
+        async for step in events.steps(job, base):
+            yield step
+    finally:
+        if not job.done:
+            await asyncio.shield(desk.cancel(job))

@@ -1,0 +1,255 @@
+"""The queue and who works it off: every job's way from submission to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import OutputError
+from .jobs import Job
+from .metrics import Metrics
+from .pictures import Pictures
+from .settings import Settings
+from .store import Store
+from .worker import Worker, WorkerDied
+
+MAX_ATTEMPTS = 3
+"""A request that was running when its worker died so often is given up: it is likely the cause."""
+
+MAX_RECENT = 256
+"""Ended jobs that are answered from memory."""
+
+GRACE_SECONDS = 60.0
+"""How long the answer of a sync_mode request can be asked for again after it was fetched."""
+
+UNFETCHED_SECONDS = 3600.0
+"""How long it is held when nobody fetches it."""
+
+EXPIRY_SECONDS = 600.0
+RESTART_SECONDS = 2.0
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class Desk:
+    """Takes jobs in, has the worker do them one by one, and remembers how they ended.
+
+    Args:
+        settings: of the server.
+        on_end: called with every job that has ended.
+    """
+
+    def __init__(self, settings: Settings, on_end: Callable[[Job], Any]) -> None:
+        self.settings, self.on_end = settings, on_end
+        self.metrics = Metrics()
+        self.pictures = Pictures(settings.folder / "files")
+        self.store = Store(settings.folder / "queue.sqlite")
+        self.worker = Worker(settings)
+        self.jobs: dict[str, Job] = {}
+        self.recent: OrderedDict[str, Job] = OrderedDict()
+        self.waiting: deque[Job] = deque()
+        self.current: Job | None = None
+        self.arrived = asyncio.Event()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """Take up what a stopped server left: waiting jobs wait again, a running one runs again."""
+        for job in await self.store.unfinished():
+            if job.attached:
+                job.end_cancelled("The server stopped, and with it the line to the caller.")
+                await self.settle(job)
+            elif job.attempts >= MAX_ATTEMPTS:
+                await self._give_up(job)
+            else:
+                job.state = "IN_QUEUE"
+                self._enqueue(job)
+        self.pictures.sweep(await self.store.files())
+        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._expire())]
+
+    async def close(self) -> None:
+        """Stop working; what waits and what runs stays on the disk."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.worker.stop()
+        await self.store.close()
+
+    # ---- callers ----
+
+    async def submit(self, job: Job) -> Job:
+        """Put a job at the end of the queue.
+
+        Raises:
+            QueueFull: as many wait as may.
+            OutputError: it cannot be written down.
+        """
+        if len(self.waiting) >= self.settings.queue_limit:
+            raise QueueFull(f"{len(self.waiting)} requests wait already; try again when some are done.")
+        await self.store.save(job)
+        self._enqueue(job)
+        return job
+
+    async def find(self, request_id: str) -> Job | None:
+        """A job by its id, running, waiting or ended; None where there is none."""
+        known = self.jobs.get(request_id) or self.recent.get(request_id)
+        return known or await self.store.load(request_id)
+
+    async def cancel(self, job: Job) -> None:
+        """End a job: at once while it waits, within one step while it runs."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+            job.end_cancelled("Cancelled before it ran.")
+            self._renumber()
+            await self.settle(job)
+        elif job is self.current:
+            job.cancelling = True
+            await self.worker.send({"op": "cancel", "id": job.id})
+
+    async def fetched(self, job: Job) -> None:
+        """A job's answer was handed out; of a sync_mode job nothing is kept after that."""
+        if job.sync:
+            await self.store.forget(job.id)
+            self._forget_later(job, GRACE_SECONDS)
+
+    def _forget_later(self, job: Job, seconds: float) -> None:
+        task = asyncio.get_running_loop().create_task
+        asyncio.get_running_loop().call_later(seconds, lambda: task(self.forget(job)))
+
+    async def forget(self, job: Job) -> None:
+        """Remove an ended job and its files."""
+        self.jobs.pop(job.id, None)
+        self.recent.pop(job.id, None)
+        await self.store.forget(job.id)
+        self.pictures.remove(job.files)
+
+    # ---- work ----
+
+    def _enqueue(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        self.waiting.append(job)
+        self._renumber()
+        self.arrived.set()
+
+    def _renumber(self) -> None:
+        for number, job in enumerate(self.waiting):
+            if job.position != number:
+                job.position = number
+                job.touch()
+        self.metrics.waiting.set(len(self.waiting))
+
+    async def _work(self) -> None:
+        try:
+            while True:
+                if not self.worker.ready:
+                    await self._start_worker()
+                if not self.waiting:
+                    self.arrived.clear()
+                    await self.arrived.wait()
+                    continue
+                job = self.current = self.waiting.popleft()
+                job.begin()
+                self._renumber()
+                await self._run(job)
+                self.current = None
+        except Exception as error:
+            self.failed.set_exception(error)
+
+    async def _start_worker(self) -> None:
+        """Start the worker; at the server's start a failure is fatal, later it is tried again."""
+        while True:
+            try:
+                return await self.worker.start()
+            except Exception as error:
+                if self.worker.starts == 1:
+                    raise
+                print(f"The worker did not start: {error}", file=sys.stderr, flush=True)
+                await asyncio.sleep(RESTART_SECONDS)
+
+    async def _run(self, job: Job) -> None:
+        await self._keep(job)
+        fields = dict(job.fields)
+        if not self.settings.safety_checker:
+            fields["enable_safety_checker"] = False
+        order = {"op": "run", "id": job.id, "variant": job.variant, "fields": fields, "previews": job.previews}
+        await self.worker.send({**order, "images": [str(self.pictures.path(name)) for name in job.images]})
+        try:
+            while not job.done:
+                message, data = await self.worker.receive()
+                self._hear(job, message, data)
+        except WorkerDied as death:
+            print(f"{death} It was at request {job.id}.", file=sys.stderr, flush=True)
+            await self._bury(job)
+        else:
+            await self.settle(job)
+
+    async def _bury(self, job: Job) -> None:
+        """What becomes of a job whose worker died: it is first in the queue again, unless that was its last try."""
+        if job.cancelling:
+            job.end_cancelled("Cancelled while it ran.")
+            await self.settle(job)
+        elif job.attempts < MAX_ATTEMPTS:
+            job.state = "IN_QUEUE"
+            self.waiting.appendleft(job)
+            self._renumber()
+        else:
+            await self._give_up(job)
+
+    def _hear(self, job: Job, message: dict[str, Any], data: bytes) -> None:
+        match message["event"]:
+            case "log":
+                job.log(message["message"])
+            case "progress":
+                if message["stage"] == "denoise" and message["step"]:
+                    job.log(f"step {message['step']}/{message['total']}")
+                job.progress, job.preview = message, data
+            case "done":
+                job.end(answer=message["answer"])
+                return
+            case "error":
+                job.end(failure=message["failure"])
+                return
+        job.touch()
+
+    async def _give_up(self, job: Job) -> None:
+        text = f"The worker process died {job.attempts} times while it worked on this request."
+        job.end(failure={"status": 500, "error_type": "worker_died", "detail": text, "message": text})
+        await self.settle(job)
+
+    async def settle(self, job: Job) -> None:
+        """Keep how a job ended, and say so."""
+        self.metrics.end(job)
+        if job.webhook is not None:
+            job.hook = "pending"
+        if job.sync:
+            self.pictures.remove(job.images)
+            self._forget_later(job, 0 if job.attached else UNFETCHED_SECONDS)
+        else:
+            await self._keep(job)
+            self.jobs.pop(job.id, None)
+            self.recent[job.id] = job
+            while len(self.recent) > MAX_RECENT:
+                self.recent.popitem(last=False)
+        self.on_end(job)
+
+    async def _keep(self, job: Job) -> None:
+        """Write a job down; where that fails it goes on in memory."""
+        try:
+            await self.store.save(job)
+        except OutputError as error:
+            print(f"{error} Request {job.id} would not survive a restart.", file=sys.stderr, flush=True)
+
+    async def _expire(self) -> None:
+        """Remove what is older than --keep, now and then."""
+        while self.settings.keep is not None:
+            for job in await self.store.expired(time.time() - self.settings.keep):
+                await self.forget(job)
+            await asyncio.sleep(min(EXPIRY_SECONDS, max(1.0, self.settings.keep / 4)))

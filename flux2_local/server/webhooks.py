@@ -1,0 +1,72 @@
+"""Telling a caller's own address how a request ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from ..errors import RequestError
+from .answers import output
+from .desk import Desk
+from .jobs import Job
+from .outgoing import Call, Limits, exchange
+from .settings import is_loopback
+
+DELAYS = (0.0, 1.0, 5.0, 30.0, 120.0, 600.0)
+"""Seconds before each try."""
+
+LIMITS = Limits(seconds=15, size=2**20)
+
+
+class Webhooks:
+    """Calls that are under way; what is left when the server stops goes on when it starts again."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def deliver(self, desk: Desk, job: Job) -> None:
+        """Start calling a job's webhook, if it has one."""
+        if job.webhook is not None:
+            task = asyncio.get_running_loop().create_task(_deliver(desk, job))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def resume(self, desk: Desk) -> None:
+        """Go on with what a stopped server left."""
+        for job in await desk.store.unreported():
+            self.deliver(desk, job)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _deliver(desk: Desk, job: Job) -> None:
+    assert job.webhook is not None
+    private = desk.settings.private_urls or is_loopback(desk.settings.host)
+    limits = Limits(LIMITS.seconds, LIMITS.size, private)
+    body = json.dumps(payload(job)).encode("ascii")
+    call = Call(job.webhook, "POST", body, {"Content-Type": "application/json"})
+    job.hook = "failed"
+    for delay in DELAYS:
+        await asyncio.sleep(delay)
+        try:
+            status, _ = await asyncio.to_thread(exchange, call, limits)
+        except RequestError:
+            continue
+        if 200 <= status < 300:
+            job.hook = "sent"
+            break
+    if not job.sync:
+        await desk.store.save(job)
+
+
+def payload(job: Job) -> dict[str, Any]:
+    """What the webhook is told, as fal tells it."""
+    facts: dict[str, Any] = {"request_id": job.id, "gateway_request_id": job.id}
+    if job.failure is not None:
+        detail = {"detail": job.failure["detail"]}
+        return {**facts, "status": "ERROR", "error": job.failure["message"], "payload": detail}
+    return {**facts, "status": "OK", "error": None, "payload": output(job, job.base)}
