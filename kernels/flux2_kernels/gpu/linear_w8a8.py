@@ -18,6 +18,7 @@ from ..tables import Config, config_of
 from .launch import DEVICES, Launch, batch_stride, check_rows, options_of, require, sm
 
 PROGRAMS_OFF_CUDA = 4
+GATED_COLUMNS = 32  # that an epilogue with a gate takes at once
 FARTHEST_ROW = 2**22  # offsets inside a tile of up to 256 rows have 32 bits
 
 
@@ -73,6 +74,48 @@ def finish(
 
 
 @triton.jit
+def finish_in_parts(
+    total,
+    row,
+    start,
+    x_scale,
+    w_scale,
+    out,
+    gate,
+    residual,
+    rows,
+    columns,
+    tokens,
+    out_batch,
+    out_token,
+    gate_batch,
+    residual_batch,
+    residual_token,
+    GATED: tl.constexpr,
+    SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """:func:`finish` for the columns from ``start``, a part after the other: a gated tile at once would spill registers."""
+    WIDTH: tl.constexpr = total.shape[1]
+    if PARTS == 1:
+        finish(
+            total, row, start + tl.arange(0, WIDTH), x_scale, w_scale, out, gate, residual, rows, columns, tokens,
+            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED,
+        )  # fmt: skip
+    else:
+        halves = tl.permute(tl.reshape(total, (total.shape[0], 2, WIDTH // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        finish_in_parts(
+            left, row, start, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
+            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
+        )  # fmt: skip
+        finish_in_parts(
+            right, row, start + WIDTH // 2, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
+            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def linear_w8a8_kernel(
     x,
     w,
@@ -99,6 +142,7 @@ def linear_w8a8_kernel(
     TOTAL: tl.constexpr,
     GATED: tl.constexpr,
     SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tile_m, tile_n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,9 +165,9 @@ def linear_w8a8_kernel(
         total = tl.dot(a, b, total, out_dtype=TOTAL)
         x += BLOCK_K
         w += BLOCK_K
-    finish(
-        total, row, column, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-        out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED,
+    finish_in_parts(
+        total, row, tile_n * BLOCK_N, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
+        out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
     )  # fmt: skip
 
 
@@ -152,6 +196,7 @@ def linear_w8a8_descriptor_kernel(
     TOTAL: tl.constexpr,
     GATED: tl.constexpr,
     SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -162,10 +207,9 @@ def linear_w8a8_descriptor_kernel(
             b = w.load([tile_n * BLOCK_N, start])
             total = tl.dot(a, b.T, total, out_dtype=TOTAL)
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        finish(
-            total, row, column, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED,
+        finish_in_parts(
+            total, row, tile_n * BLOCK_N, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
+            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
         )  # fmt: skip
 
 
@@ -211,6 +255,7 @@ def launch(
     constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
     constants |= {"TOTAL": tl.int32 if values.dtype == torch.int8 else tl.float32, "GATED": gate is not None}
     constants["SHARED"] = gate is None or gate.shape[0] == 1
+    constants["PARTS"] = 1 if gate is None else max(config["BLOCK_N"] // GATED_COLUMNS, 1)
     if not config.get("descriptors"):
         arguments["x_row"] = values.stride(1)
         constants["EVEN"] = depth % config["BLOCK_K"] == 0

@@ -1,0 +1,106 @@
+"""Times on a device, and the rates of the device itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..constraint import FP8
+from ..op import Function, Inputs
+from ..rates import Rates
+
+REPLAYS = 20
+ROTATED = 512 << 20  # bytes over which inputs are spread, so that no cache holds them from one call to the next
+MOST_SETS = 12
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per call: the 20th, 50th and 80th percentile of the replays."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def times_of(seconds: Sequence[float]) -> Times:
+    """Percentiles of samples in seconds."""
+    if len(seconds) == 1:
+        return Times(*[seconds[0] * 1e3] * 3)
+    parts = statistics.quantiles([s * 1e3 for s in seconds], n=5, method="inclusive")
+    return Times(parts[0], statistics.median(seconds) * 1e3, parts[-1])
+
+
+def measure(function: Function, sets: Sequence[Inputs], replays: int = REPLAYS) -> Times:
+    """Time ``function`` over ``sets`` of inputs in turn; on a card as replays of a CUDA graph, so that no launch is waited for."""
+    device = next(value.device for value in sets[0].values() if isinstance(value, torch.Tensor))
+
+    def once() -> None:
+        for inputs in sets:
+            function(**inputs)
+
+    if device.type != "cuda":
+        return times_of([_wall(once) / len(sets)])
+    replay = captured(once)
+    samples = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 1e3 / len(sets))
+    return times_of(samples)
+
+
+def captured(once: Callable[[], Any]) -> Callable[[], None]:
+    """``once`` as a CUDA graph, after three calls on a side stream that compile and allocate what it needs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _wall(once: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    once()
+    return time.perf_counter() - start
+
+
+def sets_for(make: Callable[[int], Inputs], moved: int) -> list[Inputs]:
+    """Sets of inputs by seed, as many as spread a call that moves ``moved`` bytes over :data:`ROTATED`."""
+    return [make(seed) for seed in range(max(1, min(MOST_SETS, -(-ROTATED // max(moved, 1)))))]
+
+
+def measured_rates(device: torch.device, sm: int, size: int = 8192) -> Rates:
+    """Copy bandwidth (bytes read and written) and the rates of ``size``³ matmuls in bf16, int8 and fp8."""
+    source = torch.randint(0, 127, (size * size * 16,), dtype=torch.int8, device=device)
+    copy = measure(lambda source: torch.empty_like(source).copy_(source), [{"source": source}])
+    memory = 2 * source.numel() / (copy.p50 / 1e3)
+    operations, a, b = 2 * size**3, source[: size * size].view(size, size), source[-size * size :].view(size, size)
+    wide = [part.to(torch.bfloat16) for part in (a, b)]
+    matmul = {torch.bfloat16: _rate(operations, torch.mm, *wide), torch.int8: _rate(operations, torch._int_mm, a, b)}
+    matmul[torch.float16] = matmul[torch.bfloat16]
+    if sm >= 89:
+        one, small = torch.ones((), device=device), [part.to(FP8) for part in (a, b)]
+        scaled = lambda a, b: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+        matmul[FP8] = _rate(operations, scaled, *small)
+    return Rates(memory, matmul)
+
+
+def _rate(operations: int, product: Callable[..., Any], a: torch.Tensor, b: torch.Tensor) -> float:
+    """Operations per second of ``product(a, bᵀ)``, both operands contiguous along the summed axis."""
+    return operations / (measure(lambda a, b: product(a, b.t()), [{"a": a, "b": b}]).p50 / 1e3)
