@@ -21,22 +21,24 @@ from .failures import STATUS, make_failure
 from .gate import Gate
 from .requests import add_requests
 from .settings import Settings
+from .store import Store
 from .webhooks import Webhooks
 
-KINDS = {404: "not_found", 405: "method_not_allowed", 400: "bad_request"}
+KINDS = {404: "not_found", 405: "method_not_allowed", 400: "bad_request", 413: "too_large"}
 
 
-def make_app(settings: Settings, plain_port: int | None = None) -> Gate:
+def make_app(settings: Settings, store: Store, plain_port: int | None = None) -> Gate:
     """The ASGI application; its queue opens and closes with its lifespan.
 
     Args:
         settings: of the server.
+        store: its requests.
         plain_port: where it is served without TLS, when it is also served with it.
     """
     app = FastAPI(
         title="flux2-local",
         version=__version__,
-        lifespan=lambda app: _life(app, settings),
+        lifespan=lambda app: _life(app, settings, store),
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -59,9 +61,9 @@ def make_app(settings: Settings, plain_port: int | None = None) -> Gate:
 
 
 @asynccontextmanager
-async def _life(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+async def _life(app: FastAPI, settings: Settings, store: Store) -> AsyncIterator[None]:
     webhooks = Webhooks()
-    desk = app.state.desk = Desk(settings, lambda job: webhooks.deliver(desk, job))
+    desk = app.state.desk = Desk(settings, store, lambda job: webhooks.deliver(desk, job))
     await desk.open()
     await webhooks.resume(desk)
     try:

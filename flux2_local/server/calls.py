@@ -33,7 +33,8 @@ async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
     arguments: dict[str, Any] = await request.json()
     fields, notes = make_call(endpoint, arguments)
     urls = list(fields.pop("images", ()))
-    images = await collect(urls, desk.pictures, (base,), desk.settings.private_urls) if urls else []
+    own = base, str(request.base_url).rstrip("/")
+    images = await collect(urls, desk.pictures, own, desk.settings.private_urls) if urls else []
     fields["seed"] = make_request(endpoint.variant, fields).seeded().seed
     shown = {k: v for k, v in arguments.items() if k in schema.input_model(endpoint).model_fields}
     if images:

@@ -42,14 +42,14 @@ class Desk:
 
     Args:
         settings: of the server.
+        store: where jobs are kept; closed with the desk.
         on_end: called with every job that has ended.
     """
 
-    def __init__(self, settings: Settings, on_end: Callable[[Job], Any]) -> None:
-        self.settings, self.on_end = settings, on_end
+    def __init__(self, settings: Settings, store: Store, on_end: Callable[[Job], Any]) -> None:
+        self.settings, self.store, self.on_end = settings, store, on_end
         self.metrics = Metrics()
         self.pictures = Pictures(settings.folder / "files")
-        self.store = Store(settings.folder / "queue.sqlite")
         self.worker = Worker(settings)
         self.jobs: dict[str, Job] = {}
         self.recent: OrderedDict[str, Job] = OrderedDict()
@@ -81,6 +81,9 @@ class Desk:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.worker.stop()
+        if self.current is not None and not self.current.done:
+            self.current.attempts -= 1  # it was not its fault
+            await self._keep(self.current)
         await self.store.close()
 
     # ---- callers ----

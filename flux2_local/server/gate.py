@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -46,8 +47,11 @@ SECURITY = (
 Message = MutableMapping[str, Any]
 
 
-class TooLarge(Exception):
+class TooLarge(HTTPException):
     """The body is longer than :data:`MAX_BODY`."""
+
+    def __init__(self) -> None:
+        super().__init__(413, f"The body is larger than {MAX_BODY // 2**20} MiB.")
 
 
 class Gate:
@@ -82,12 +86,7 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, told)
             return
-        try:
-            await self.app(scope, limited(receive), told)
-        except TooLarge:
-            await answers.problem(413, "too_large", f"The body is larger than {MAX_BODY // 2**20} MiB.")(
-                scope, receive, told
-            )
+        await self.app(scope, limited(receive), told)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """Why a call may not pass, or None."""
@@ -99,7 +98,7 @@ class Gate:
             return answers.problem(403, "origin_refused", text)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > MAX_BODY:
-            return answers.problem(413, "too_large", f"The body is larger than {MAX_BODY // 2**20} MiB.")
+            return answers.problem(413, "too_large", TooLarge().detail)
         path = scope["path"]
         if scope["method"] == "OPTIONS" or path == "/" or path.startswith(OPEN_PATHS) or self._knows_key(headers):
             return None
@@ -111,7 +110,10 @@ class Gate:
         """A server for this machine alone answers to this machine's names only: a page cannot rename its way in."""
         if not is_loopback(self.settings.host):
             return True
-        return is_loopback(urlsplit(f"//{host}").hostname or "") if host else True
+        try:
+            return is_loopback(urlsplit(f"//{host}").hostname or "") if host else True
+        except ValueError:
+            return False
 
     def allows(self, origin: str, host: str) -> bool:
         """Whether a page may call: one of this machine, one served here, or one named by --allow-origin."""

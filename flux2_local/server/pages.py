@@ -46,6 +46,7 @@ async def metrics(request: Request) -> Response:
     return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+@router.head("/files/{name}", include_in_schema=False)
 @router.get(
     "/files/{name}",
     operation_id="file",

@@ -15,8 +15,10 @@ import uvicorn
 from ..errors import Flux2Error
 from ..files import check_folder, reason
 from .app import make_app
+from .gate import Gate
 from .lines import greeting
 from .settings import Settings
+from .store import Store
 from .tls import Certificates, make_certificates
 
 BACKLOG = 1024
@@ -45,7 +47,8 @@ def serve(settings: Settings) -> None:
         certificates = make_certificates(settings.folder / "tls", settings.host)
         secure = bind(settings.host, settings.tls_port)
         settings = replace(settings, tls_port=secure.getsockname()[1])
-    asyncio.run(_serve(settings, plain, secure, certificates))
+    gate = make_app(settings, Store(settings.folder / "queue.sqlite"), settings.port)
+    asyncio.run(_serve(gate, plain, secure, certificates))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -64,9 +67,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    settings: Settings, plain: socket.socket, secure: socket.socket | None, certificates: Certificates | None
+    gate: Gate, plain: socket.socket, secure: socket.socket | None, certificates: Certificates | None
 ) -> None:
-    gate = make_app(settings, settings.port)
     common: dict[str, Any] = {
         "log_level": "warning",
         "access_log": False,
@@ -89,7 +91,7 @@ async def _serve(
     while not servers[0].started and not tasks[0].done():
         await asyncio.sleep(0.02)
     if not tasks[0].done():
-        print(greeting(settings, certificates), flush=True)
+        print(greeting(gate.settings, certificates), flush=True)
         desk = gate.desk
         desk.failed.add_done_callback(stop)
         if secure is not None:

@@ -28,19 +28,17 @@ MAX_PROMPT = 20_000
 def input_model(endpoint: Endpoint) -> type[BaseModel]:
     """The body that an endpoint takes."""
     words = descriptions(Request)
-    fields: dict[str, Any] = {}
+    more: dict[str, Any] = {"examples": [EXAMPLE], "min_length": 1, "max_length": MAX_PROMPT}
+    fields: dict[str, Any] = {"prompt": (str, Field(description=words["prompt"], **more))}
+    if endpoint.edits:
+        text = "The pictures to change or combine: http(s) URLs or data URIs."
+        fields["image_urls"] = (list[str], Field(description=text, min_length=1, max_length=MAX_REFERENCES))
     for name, info in Request.model_fields.items():
-        if name == "images" or (name in STANDARD_ONLY and endpoint.variant != "standard"):
+        if name in ("prompt", "images") or (name in STANDARD_ONLY and endpoint.variant != "standard"):
             continue
         info = copy.copy(info)
         info.description = words[name]
         fields[name] = (info.annotation, info)
-    prompt = Request.model_fields["prompt"]
-    more: dict[str, Any] = {"examples": [EXAMPLE], "min_length": 1, "max_length": MAX_PROMPT}
-    fields["prompt"] = (prompt.annotation, Field(description=words["prompt"], **more))
-    if endpoint.edits:
-        text = "The pictures to change or combine: http(s) URLs or data URIs."
-        fields["image_urls"] = (list[str], Field(description=text, min_length=1, max_length=MAX_REFERENCES))
     return create_model(f"{name_of(endpoint)}Input", __config__=LENIENT, **fields)
 
 

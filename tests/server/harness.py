@@ -39,14 +39,14 @@ class Server:
         self.complained: list[str] = []
         for stream, lines in ((self.process.stdout, self.said), (self.process.stderr, self.complained)):
             threading.Thread(target=lines.extend, args=(stream,), daemon=True).start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while (
             found := re.search(r"listening on (http://\S+)", "".join(self.said))
         ) is None or "proxyUrl" not in "".join(self.said):
             assert self.process.poll() is None and time.monotonic() < deadline, "".join(self.complained)
             time.sleep(0.05)
         self.url = found[1]
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx.Client(base_url=self.url, timeout=300)
 
     @property
     def text(self) -> str:
@@ -58,10 +58,10 @@ class Server:
         assert found is not None
         return found[1]
 
-    def wait_ready(self, seconds: float = 60) -> None:
+    def wait_ready(self, seconds: float = 300) -> None:
         self.until(lambda: self.client.get("/ready").status_code == 200, seconds)
 
-    def until(self, condition: Any, seconds: float = 60) -> Any:
+    def until(self, condition: Any, seconds: float = 300) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, "".join(self.complained)
@@ -81,7 +81,7 @@ class Server:
         assert answer.status_code in (200, 202), answer.text
         return answer.json()
 
-    def result(self, job: dict[str, Any], seconds: float = 120) -> httpx.Response:
+    def result(self, job: dict[str, Any], seconds: float = 300) -> httpx.Response:
         self.until(lambda: self.status(job)["status"] == "COMPLETED", seconds)
         return self.client.get(f"/queue/{STANDARD}/requests/{job['request_id']}")
 
@@ -106,7 +106,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise
