@@ -1,6 +1,7 @@
 # make demo [PROMPT="…"]   a picture from the bundled model
 # make test                the tests
 # make check               formatting, lint, types
+# make gpu                 checks and measures the kernels on this machine's NVIDIA card
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -35,6 +36,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu: $(VENV)/.test
+	$(BIN)/python scripts/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist outputs .pytest_cache .mypy_cache .ruff_cache

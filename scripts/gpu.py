@@ -1,0 +1,280 @@
+"""Check and measure the kernels on this machine's NVIDIA card.
+
+    make gpu                                  # or: python scripts/gpu.py
+    python scripts/gpu.py --op linear_w8a8    # one op; may be given again
+    python scripts/gpu.py --tune              # choose configurations first and keep them in tuned/sm_XX.json
+    python scripts/gpu.py --dry-run           # the same code on a CPU: tiny shapes, Triton's interpreter, meaningless times
+
+First correctness: every op, implementation and format against float64, in CUDA graphs, under torch.compile, and once under
+compute-sanitizer where it is installed. Then the card's own rates (copy, matmuls), and each op at dev's and klein's shapes:
+our time beside torch op by op, inductor and the best library. Results go to benchmarks/results/ as a CSV and a JSON record of
+the environment; the last line printed is that record. Exits with 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from flux2_kernels import Case, Op, Place
+    from flux2_kernels.bench.checks import Check
+    from flux2_kernels.bench.report import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
+sys.path.insert(0, str(ROOT / "kernels"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for, and where it runs."""
+
+    ops: tuple[Op, ...]
+    place: Place
+    device: torch.device
+    folder: Path
+    dry: bool
+    tune: bool
+    check_only: bool
+
+    def cases(self, op: Op) -> tuple[Case, ...]:
+        """The models' shapes; two of the tests' in a dry run."""
+        return op.cases[1:3] if self.dry else op.shapes
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", help="only this op; may be given again")
+    parser.add_argument("--tune", action="store_true", help="choose and keep launch configurations before measuring")
+    parser.add_argument("--check-only", action="store_true", help="correctness at small sizes and nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, interpreted, tiny")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (benchmarks/results; a temporary one in a dry run)"
+    )
+    return parser.parse_args()
+
+
+def obstacle() -> str | None:
+    """Why nothing can be measured here, and what to do; None if it can."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip:
+        found = f"torch {torch.__version__} sees no NVIDIA card"
+        return f"{found}. Install a CUDA build of torch and a driver (nvidia-smi must list the card), or use --dry-run."
+    if torch.cuda.get_device_capability() < (8, 0):
+        name = torch.cuda.get_device_name()
+        return f"{name} has a compute capability below 8.0, which the kernels need (Ampere or newer)."
+    return None
+
+
+def prepare(options: argparse.Namespace) -> Run:
+    """Resolve the options; in a dry run Triton is told to interpret before it is imported."""
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("Triton is not installed, and the kernels are written in it: pip install triton")
+    if not options.dry_run and (reason := obstacle()):
+        raise SystemExit(reason)
+    import torch
+    from flux2_kernels import OPS, place_of
+
+    if unknown := [name for name in options.op or () if name not in OPS]:
+        raise SystemExit(f"no op {unknown[0]!r}; there are: {', '.join(OPS)}")
+    if options.dry_run:
+        from flux2_kernels.gpu.interpreter import act_like_hardware
+
+        act_like_hardware()
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    folder = options.out or (Path(tempfile.mkdtemp(prefix="flux2-kernels-")) if options.dry_run else RESULTS)
+    ops = tuple(OPS[name] for name in options.op or OPS)
+    return Run(ops, place_of(device), device, folder, options.dry_run, options.tune, options.check_only)
+
+
+def check(run: Run) -> list[Check]:
+    """Every check; prints a line an op and each failure."""
+    from flux2_kernels.bench.checks import check_all, check_compiled, check_graph
+
+    done: list[Check] = []
+    for op in run.ops:
+        here = list(check_all(op, run.place, run.device))
+        form = op.formats[0]
+        if not run.check_only:
+            here.append(check_compiled(op, form, run.place, run.device, "aot_eager" if run.dry else "inductor"))
+        if not run.dry:
+            here.append(check_graph(op, form, run.place, run.device))
+        worst = max(one.share for one in here)
+        print(
+            f"{op.name}: {sum(one.passed for one in here)} of {len(here)} checks passed, largest error {worst:.2f} of its bound"
+        )
+        for one in here:
+            if not one.passed:
+                print(
+                    f"  FAILED {one.case} {one.form} {one.implementation}: {one.problem or f'{one.share:.3g} of the bound'}"
+                )
+        done += here
+    return done
+
+
+def sanitize(run: Run) -> str:
+    """The small checks of a few ops under compute-sanitizer: "clean", its findings, or why it did not run."""
+    tool = shutil.which("compute-sanitizer")
+    if run.dry or tool is None:
+        return "not run: " + (
+            "dry run" if run.dry else "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
+        )
+    names = [op.name for op in run.ops if op.name in SANITIZED] or [run.ops[0].name]
+    command = [tool, "--error-exitcode", "3", sys.executable, str(Path(__file__)), "--check-only"]
+    command += [part for name in names for part in ("--op", name)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    return "clean" if ran.returncode == 0 else f"failed with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}"
+
+
+def tune(run: Run) -> Path:
+    """Measure candidates, write the SM's table, and use it from here on."""
+    from flux2_kernels import tables
+    from flux2_kernels.bench.tuning import Tuner, written
+
+    sm = run.place.sm or 89
+    kernels = [k for k in tables.table(sm)["configs"] if not run.dry or k in ("modulated_norm", "linear_w4a8", "scale")]
+    place = run.place if run.place.sm else type(run.place)("cpu", sm, triton=True, interpreter=True)
+    tuner = Tuner(place, run.device, (lambda op, case: op.cases[1]) if run.dry else (lambda op, case: case))
+    path = (run.folder if run.dry else tables.FOLDER) / f"sm_{sm}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(written(tuner.table(card(run), kernels)))
+    tables.forget()
+    return path
+
+
+def card(run: Run) -> str:
+    import torch
+
+    return "dry run" if run.dry else torch.cuda.get_device_name(run.device)
+
+
+def measured(run: Run) -> tuple[list[Row], dict[str, float]]:
+    """The card's rates, then a row a problem, printed as they come."""
+    from flux2_kernels.bench.report import Bench, rates_record
+    from flux2_kernels.bench.timing import measured_rates
+
+    rates = measured_rates(run.device, run.place.sm, 64 if run.dry else 8192)
+    record = rates_record(rates)
+    print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
+    bench = Bench(run.place, run.device, rates, "aot_eager" if run.dry else "inductor")
+    rows = []
+    for op in run.ops:
+        for row in bench.rows(op, run.cases(op)):
+            print(line(row), flush=True)
+            rows.append(row)
+    return rows, record
+
+
+def line(row: Row) -> str:
+    rivals = (
+        ("eager", row.eager_ms),
+        ("inductor", row.inductor_ms),
+        (row.library, row.library_ms),
+        ("bf16", row.cublas_bf16_ms),
+    )
+    beside = ", ".join(f"{name} {ms:.3f}" for name, ms in rivals if ms is not None)
+    speed = f"{row.tflop_per_s:.1f} TFLOP/s" if row.tflop_per_s is not None else f"{row.gb_per_s:.0f} GB/s"
+    share = "" if row.percent_of_measured is None else f" ({row.percent_of_measured:.0f}%)"
+    what = f"{row.op} {row.shape} {row.format}"
+    return f"{what:62s} {row.ours_ms:.3f} ms, {speed}{share}, error {row.error:.2f}; {beside}"
+
+
+def aims(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many rows reach each aim, and which do not."""
+    reached: dict[str, int] = {}
+    missed = []
+    for row in rows:
+        for aim, met in row.aims():
+            reached[aim] = reached.get(aim, 0) + met
+            if not met:
+                missed.append(f"{row.op} {row.shape} {row.format}: {aim}")
+    return {"reached": reached, "missed": missed}
+
+
+def said(*command: str) -> str:
+    """The first line that a command prints; empty if there is no such command."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip().partition("\n")[0]
+
+
+def environment(run: Run) -> Iterator[tuple[str, Any]]:
+    """What a reader needs to repeat or to doubt the figures."""
+    import torch
+    import triton
+
+    yield "date", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    yield "device", card(run)
+    yield "sm", run.place.sm
+    if not run.dry:
+        properties = torch.cuda.get_device_properties(run.device)
+        yield "memory_gb", round(properties.total_memory / 1e9, 1)
+        yield "processors", properties.multi_processor_count
+        query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu"
+        yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    yield "torch", torch.__version__
+    yield "triton", triton.__version__
+    yield "cuda", torch.version.cuda
+    yield "python", platform.python_version()
+    yield "system", platform.platform()
+    yield "commit", said("git", "rev-parse", "HEAD")
+    yield "changed", bool(said("git", "status", "--porcelain", "--untracked-files=no"))
+
+
+def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
+    """The CSV and, beside it, the record; returns the CSV's path."""
+    from flux2_kernels.bench.report import COLUMNS, values
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(["kernels", *record["device"].lower().split(), record["date"][:19].replace(":", "")])
+    path = run.folder / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(map(values, rows))
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def main() -> int:
+    run = prepare(parse())
+    checks = check(run)
+    failed = [one for one in checks if not one.passed]
+    if run.check_only:
+        return bool(failed)
+    record: dict[str, Any] = dict(environment(run))
+    record |= {"checks": len(checks), "failed": [f"{c.op} {c.case} {c.form} {c.implementation}" for c in failed]}
+    record["sanitizer"] = sanitize(run)
+    if run.tune:
+        record["tuned"] = tune(run).name
+    rows, record["rates"] = measured(run)
+    record["aims"] = aims(rows)
+    path = write(run, rows, record)
+    print(f"written: {path} and {path.with_suffix('.json').name}")
+    print(json.dumps(record))
+    return bool(failed or record["sanitizer"].startswith("failed"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
