@@ -414,7 +414,7 @@ class Run:
 
         with self.stage("denoise"), c.hold_transformer():
             start = layout.pack(noise).to(c.device, text.dtype)
-            return denoise(c.transformer, start, schedule, conditions, on_step), grid
+            return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
 
     def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
         """A small picture of an estimate of the latents, at most 16 tokens long."""

@@ -12,7 +12,7 @@ from . import costs
 from .costs import Architecture, Work
 from .errors import BudgetError
 from .hardware import Hardware
-from .presets import Tier, show_bytes
+from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
 
 Placement = Literal["resident", "staged"]
@@ -53,7 +53,7 @@ class Plan:
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
         compile: "off", or what is compiled.
-        cache: the step-cache policy's name, "off" for none.
+        cache: when steps may be skipped; None computes all.
         batch: pictures denoised together.
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
@@ -74,7 +74,7 @@ class Plan:
     attention: str
     ops: str
     compile: str
-    cache: str
+    cache: CachePolicy | None
     batch: int
     vae_tile: int
     channels_last: bool
@@ -143,6 +143,7 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
     )
     rate = hardware.flops.get(dtype, hardware.flops["float32"])
     arch, work = need.arch, need.work
+    cache_choice, cache = choose_cache(need)
     held = ComponentPlan(dtype, winner.placement)
     return Plan(
         model=need.model,
@@ -156,7 +157,7 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
         attention="sdpa",
         ops="reference",
         compile="off",
-        cache="off",
+        cache=cache,
         batch=1,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
@@ -170,6 +171,7 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
             Choice("placement", winner.name, winner.reason, rejected),
             Choice("attention", "sdpa", "torch's own scaled dot product attention picks its fastest kernel"),
             layout_choice(need.tier),
+            cache_choice,
         ),
     )
 
@@ -183,6 +185,22 @@ def layout_choice(tier: Tier) -> Choice:
     if tier.exact:
         return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
     return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")
+
+
+def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
+    """Step caching, where the tier allows it, the model's thresholds are calibrated and there are steps to skip."""
+    policy = need.tier.cache.get(need.model)
+    if not need.tier.cache:
+        return Choice("step cache", "off", f"the {need.tier.name} tier computes every step"), None
+    if need.variant != "standard":
+        return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
+    if policy is None:
+        return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
+    reason = (
+        f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, "
+        f"not in the first {policy.warmup} or the last {policy.tail}"
+    )
+    return Choice("step cache", "first block", reason), policy
 
 
 def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Choice, str]:

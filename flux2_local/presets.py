@@ -85,13 +85,31 @@ class VariantInfo:
 
 
 @dataclass(frozen=True)
+class CachePolicy:
+    """When a denoising step may be skipped (:mod:`flux2_local.cache`).
+
+    Attributes:
+        threshold: largest relative change of what the first block adds, mean |difference| over mean |value|.
+        warmup: steps at the beginning that are always computed.
+        tail: steps at the end that are always computed.
+        limit: most steps skipped in a row.
+    """
+
+    threshold: float
+    warmup: int
+    tail: int
+    limit: int
+
+
+@dataclass(frozen=True)
 class Tier:
-    """One tier of ``tiers.toml``: what it permits."""
+    """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its calibrated step-cache policy."""
 
     name: Acceleration
     description: str
     exact: bool
     dtypes: dict[str, tuple[str, ...]]
+    cache: dict[str, CachePolicy]
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,13 @@ def variants() -> dict[Variant, VariantInfo]:
 def tiers() -> dict[Acceleration, Tier]:
     """The acceleration tiers by name."""
     return {
-        name: Tier(name, row["description"], row["exact"], {k: tuple(v) for k, v in row["dtypes"].items()})  # type: ignore[misc, arg-type]
+        name: Tier(  # type: ignore[misc]
+            name=name,  # type: ignore[arg-type]
+            description=row["description"],
+            exact=row["exact"],
+            dtypes={k: tuple(v) for k, v in row["dtypes"].items()},
+            cache={k: CachePolicy(**v) for k, v in row.get("cache", {}).items()},
+        )
         for name, row in _table("tiers").items()
     }
 

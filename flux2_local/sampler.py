@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cache import StepCache
 from .model.ops import Rotary
 from .model.transformer import Flux2Transformer, Modulation
+from .presets import CachePolicy
 from .schedule import Schedule
 
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -50,7 +52,12 @@ def modulations(
 
 @torch.inference_mode()
 def denoise(
-    transformer: Flux2Transformer, noise: Tensor, schedule: Schedule, conditions: Conditions, on_step: OnStep
+    transformer: Flux2Transformer,
+    noise: Tensor,
+    schedule: Schedule,
+    conditions: Conditions,
+    on_step: OnStep,
+    policy: CachePolicy | None = None,
 ) -> Tensor:
     """Walk from ``noise`` to the latents.
 
@@ -60,6 +67,7 @@ def denoise(
         schedule: noise levels.
         conditions: prompt, guidance and references; broadcast over B.
         on_step: told after every step; may raise to stop.
+        policy: when steps may be skipped; None computes all.
 
     Returns:
         [B, N, C], the dtype of ``noise``.
@@ -71,12 +79,14 @@ def denoise(
     references = None if c.references is None else c.references.expand(len(noise), -1, -1)
     sigmas = torch.from_numpy(schedule.sigmas).to(device)
     x, count = noise, noise.shape[1]
+    levels = tuple(float(s) for s in schedule.sigmas)
+    own, other = (None if policy is None else StepCache(policy, levels) for _ in range(2))
     for i, mod in enumerate(table):
         tokens = x if references is None else torch.cat([x, references], 1)
         tokens = tokens.to(transformer.dtype)
-        velocity = transformer(tokens, context, mod, c.rotary, count)
+        velocity = transformer(tokens, context, mod, c.rotary, count, own)
         if negative is not None:
-            unguided = transformer(tokens, negative, mod, c.rotary, count)
+            unguided = transformer(tokens, negative, mod, c.rotary, count, other)
             velocity = unguided + c.guidance * (velocity - unguided)
         estimate = x.float() - sigmas[i] * velocity
         x = (x.float() + (sigmas[i + 1] - sigmas[i]) * velocity).to(velocity.dtype)

@@ -1,6 +1,7 @@
 """The README keeps its word: every file is in its map, and every command it shows exists."""
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -67,3 +68,8 @@ def test_relative_links_lead_somewhere():
 def test_tracked_files_stay_small():
     total = sum((ROOT / name).stat().st_size for name in sources())
     assert total < 32 * 2**20
+
+
+def test_the_table_of_cards_is_what_the_planner_predicts():
+    written = README.split("<!-- cards -->\n")[1].split("<!-- /cards -->\n")[0]
+    assert written == runpy.run_path(str(ROOT / "scripts" / "card_table.py"))["table"]()

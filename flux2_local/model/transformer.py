@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +225,16 @@ class SingleBlock(nn.Module):
         return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops)))
 
 
+class Shortcut(Protocol):
+    """What decides, once the first block is computed, whether the others are (:class:`flux2_local.cache.StepCache`)."""
+
+    def rest(self, added: Tensor) -> Tensor | None:
+        """What the other blocks would add to the tokens, given what the first added; None to compute them."""
+
+    def keep(self, added: Tensor) -> None:
+        """What the other blocks did add."""
+
+
 class OutputNorm(nn.Module):
     """Holds the projection that yields the last norm's scale and shift."""
 
@@ -299,7 +309,15 @@ class Flux2Transformer(nn.Module):
         out: Tensor = self.context_embedder(text)
         return out
 
-    def forward(self, latents: Tensor, context: Tensor, mod: Modulation, rotary: Rotary, keep: int) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        mod: Modulation,
+        rotary: Rotary,
+        keep: int,
+        shortcut: Shortcut | None = None,
+    ) -> Tensor:
         """One evaluation of the velocity field.
 
         Args:
@@ -308,19 +326,36 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation`.
             rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
             keep: how many leading image tokens the answer is wanted for.
+            shortcut: asked after the first block whether the others are to be computed.
 
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
         ops = self.ops
-        x, c = self.x_embedder(latents), context
-        for block in self.transformer_blocks:
-            x, c = block(x, c, mod, rotary, ops)
-        length = c.shape[1]
-        x = torch.cat([c, x], 1)
+        embedded, c = self.x_embedder(latents), context
+        first, *doubles = self.transformer_blocks
+        x, c = first(embedded, c, mod, rotary, ops)
+        if shortcut is None:
+            return self._output(self._rest(x, c, doubles, mod, rotary)[:, :keep], mod)
+        entered = x[:, :keep]
+        added = shortcut.rest(entered - embedded[:, :keep])
+        if added is None:
+            x = self._rest(x, c, doubles, mod, rotary)[:, :keep]
+            shortcut.keep(x - entered)
+        else:
+            x = entered + added
+        return self._output(x, mod)
+
+    def _rest(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
+        """Every block after the first; the image tokens of the result."""
+        for block in doubles:
+            x, c = block(x, c, mod, rotary, self.ops)
+        both = torch.cat([c, x], 1)
         for block in self.single_transformer_blocks:
-            x = block(x, mod, rotary, ops)
+            both = block(both, mod, rotary, self.ops)
+        return both[:, c.shape[1] :]
+
+    def _output(self, x: Tensor, mod: Modulation) -> Tensor:
         scale, shift = mod.out
-        x = F.layer_norm(x[:, length : length + keep], x.shape[-1:], eps=self.config.eps) * (1 + scale) + shift
-        out: Tensor = self.proj_out(x)
+        out: Tensor = self.proj_out(F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * (1 + scale) + shift)
         return out

@@ -11,6 +11,7 @@ import torch
 from .trainer import Run
 
 STAGES = {
+    "restore": "checkpoints from an exported folder (--out), to go on where they are gone",
     "autoencoder": "pictures <-> latents (AutoencoderKLFlux2)",
     "tokenizer": "byte-level BPE over captions",
     "language": "prompts -> hidden states, short prompts -> rich ones (Mistral-3)",
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("flux2_local/tiny"), help="where export writes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("flux2_local/tiny"), help="where export writes and restore reads"
+    )
     parser.add_argument("--share", type=float, default=1, help="of the pictures and paths to draw (default 1)")
     args = parser.parse_args()
     run = Run(args.work, args.minutes, args.device, not args.eager, args.seed, args.out, args.share)

@@ -70,7 +70,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(vae: AutoencoderKLFlux2, x: Tensor, half: Tensor) -> Tensor:
-    """Reconstruction + edges + KL. ``half`` (0 or 1) decodes the latents at half size against the halved picture,
+    """Reconstruction + colour differences + edges + KL. ``half`` (0 or 1) decodes the latents at half size against the halved picture,
     which makes latents smooth functions of place (the equivariance idea of arXiv:2502.09509)."""
     with torch.autocast(x.device.type, torch.bfloat16):
         posterior = vae.encode(x).latent_dist
@@ -81,17 +81,17 @@ def loss_of(vae: AutoencoderKLFlux2, x: Tensor, half: Tensor) -> Tensor:
     y = y.float()
     kl = posterior.kl().float().mean() / (x.shape[1] * x.shape[2] * x.shape[3])
     detail = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
-    return (y - x).abs().mean() + 3 * F.mse_loss(y, x) + 0.5 * detail + KL_WEIGHT * kl
+    colour = ((y - y.roll(1, 1)) - (x - x.roll(1, 1))).abs().mean()  # brightness alone is learnt first
+    return (y - x).abs().mean() + 3 * F.mse_loss(y, x) + 2 * colour + 0.5 * detail + KL_WEIGHT * kl
 
 
 def batches(run: Run, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Many small crops for the first half of the time, whole ones afterwards (GroupNorm sees more of a picture)."""
+    """Small crops for most of the time, whole ones afterwards (GroupNorm sees more of a picture)."""
     pixels = crops(run.path("crops.npy"), 5000, run.seed)
     rng = random.Random()
     batch = BATCH[run.device]
-    share_of_small = 0.5 if trainer.step == 0 else 0.0
     while True:
-        size, count = (128, 4 * batch) if trainer.progress() < share_of_small else (256, batch)
+        size, count = (128, 2 * batch) if trainer.progress() < 0.7 else (256, batch)
         x, y = rng.randrange(257 - size), rng.randrange(257 - size)
         chosen = pixels[sorted(rng.sample(range(len(pixels)), count)), y : y + size, x : x + size]
         yield to_tensor(chosen).to(run.device), torch.zeros(2 if rng.random() < 0.25 else 1)
@@ -121,7 +121,7 @@ def save_pair(run: Run, name: str, x: Tensor, y: Tensor) -> None:
 
 def train(run: Run) -> None:
     vae = build().to(run.device)
-    trainer = Trainer(run, "autoencoder", vae, lr=1e-3, ema=0.999)
+    trainer = Trainer(run, "autoencoder", vae, lr=2e-3, ema=0.999)
     test = held_out(16).to(run.device)
 
     def report(step: int) -> None:

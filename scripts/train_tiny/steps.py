@@ -1,5 +1,5 @@
-"""Stages 7 to 9: step distillation. ``trajectories`` records the guided transformer's own 32-step paths from noise to
-picture; ``turbo`` and ``flash`` train a LoRA each to cross 4 or 8 of those steps in one (progressive distillation,
+"""Stages 7 to 9: step distillation. ``trajectories`` records the guided transformer's own 16-step paths from noise to
+picture; ``turbo`` and ``flash`` train a LoRA each to cross 2 or 4 of those steps in one (progressive distillation,
 arXiv:2202.00512, with the path's chord as the velocity to learn).
 """
 
@@ -24,9 +24,9 @@ from .sample import denoise, reporter, shifted
 from .scenes import random_scene
 from .trainer import Run, Trainer, load_ema
 
-FINE = 32
-KEPT = 4
-"""Every fourth state of a path is kept: the nine that an 8-step schedule visits, every other of them a 4-step one."""
+FINE = 16
+KEPT = 2
+"""Every other state of a path is kept: the nine that an 8-step schedule visits, every other of them a 4-step one."""
 
 SHIFT = 3.0
 RANK = 8

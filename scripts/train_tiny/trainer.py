@@ -100,6 +100,8 @@ class Trainer:
             for n, p in self.params.items():
                 p.copy_(state[f"model.{n}"])
                 self.average[n].copy_(state[f"ema.{n}"])
+                if f"m.{n}" not in state:
+                    continue
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.step)),
                     "exp_avg": state[f"m.{n}"].to(p.device),

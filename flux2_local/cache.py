@@ -1,0 +1,65 @@
+"""Step caching: a step that changes little takes what most blocks would add from the steps before it.
+
+The first block is computed in every step. What it adds to the picture's tokens tells how far the step is from the last one
+that was computed whole (the criterion of first-block caching, as in ParaAttention and cache-dit); below a threshold, the sum
+that the other blocks would add is extrapolated along the noise level from the last two whole steps (a Taylor expansion of
+first order, as in TaylorSeer, arXiv:2503.06923).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .presets import CachePolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class StepCache:
+    """The memory of one denoising run, or of one of its two passes with classifier-free guidance.
+
+    Args:
+        policy: when steps may be skipped.
+        sigmas: the run's noise levels, one per step and the last.
+    """
+
+    policy: CachePolicy
+    sigmas: tuple[float, ...]
+    step: int = -1
+    skipped: list[int] = field(default_factory=list)
+    _first: Tensor | None = None
+    _whole: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def rest(self, added: Tensor) -> Tensor | None:
+        """A new step: what the blocks after the first would add, or None where they are to be computed.
+
+        Args:
+            added: what the first block added to the picture's tokens, [B, N, D].
+        """
+        self.step += 1
+        if not self._may_skip(added):
+            self._first = added
+            return None
+        self.skipped.append(self.step)
+        sigma, last = self._whole[-1]
+        if len(self._whole) == 1:
+            return last
+        before, first = self._whole[0]
+        share = (self.sigmas[self.step] - sigma) / (sigma - before)
+        return last + share * (last - first)
+
+    def keep(self, added: Tensor) -> None:
+        """Remember what the blocks after the first added in this step."""
+        self._whole = [*self._whole[-1:], (self.sigmas[self.step], added)]
+
+    def _may_skip(self, added: Tensor) -> bool:
+        policy, steps = self.policy, len(self.sigmas) - 1
+        if self._first is None or not policy.warmup <= self.step < steps - policy.tail:
+            return False
+        if self.skipped[-policy.limit :] == list(range(self.step - policy.limit, self.step)):
+            return False
+        change = (added - self._first).abs().mean() / self._first.abs().mean()
+        return bool(change < policy.threshold)

@@ -1,0 +1,78 @@
+"""Step-cache thresholds for a model: how fast and how faithful each policy is, against computing every step.
+
+    python scripts/calibrate_cache.py --model tiny --pictures 8
+
+Prints a row per policy: steps computed, seconds of denoising as a ratio to none skipped, PSNR of the pictures against none
+skipped (mean and worst). The row to put into ``configs/tiers.toml`` is the fastest whose mean PSNR is above ``--bound``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from dataclasses import replace
+
+import numpy as np
+
+from flux2_local import Flux2, Request
+from flux2_local.pipeline import Run
+from flux2_local.presets import CachePolicy
+from flux2_local.progress import Reporter
+
+PROMPTS = (
+    "a lighthouse at dusk",
+    "a red ball on the left and a blue box on the right on a green meadow by day",
+    "a large yellow star in the desert at night",
+    'a wooden sign that says "HELLO" on a snowy field at dawn',
+    "a small white boat on the sea with mountains in the background at sunset",
+    "a purple house with pine trees in the rain",
+    "a pink hot air balloon above a city skyline",
+    "a green mushroom on a sandy beach",
+)
+THRESHOLDS = (0.04, 0.07, 0.1, 0.15, 0.25, float("inf"))
+LIMITS = (1, 2, 3, 5)
+WARMUPS = (3, 5)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 pictures, dB; 99 where they are equal."""
+    mse = float(np.square(a.astype(np.float64) - b).mean())
+    return 99.0 if mse == 0 else 10 * np.log10(255**2 / mse)
+
+
+def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> tuple[list[np.ndarray], float]:
+    """Pictures of the first ``count`` prompts, and the median seconds of denoising one."""
+    pictures, seconds = [], []
+    for seed in range(count):
+        request = Request(prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, enable_safety_checker=False)
+        result = Run(flux, replace(flux.plan, cache=policy), request, Reporter(None, None)).result()
+        pictures.append(np.asarray(result.images[0].image))
+        seconds.append(result.timings.denoise)
+    return pictures, statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--size", default="square")
+    parser.add_argument("--bound", type=float, default=30.0, help="PSNR in dB that a policy must keep (default 30)")
+    args = parser.parse_args()
+    flux = Flux2.load(args.model, acceleration="high")
+    want, base = measure(flux, None, args.pictures, args.size)
+    print("threshold warmup limit  time ratio  PSNR mean  worst", flush=True)
+    best: tuple[float, CachePolicy] | None = None
+    for threshold, warmup, limit in itertools.product(THRESHOLDS, WARMUPS, LIMITS):
+        policy = CachePolicy(threshold, warmup, tail=1, limit=limit)
+        got, seconds = measure(flux, policy, args.pictures, args.size)
+        figures = [psnr(a, b) for a, b in zip(got, want, strict=True)]
+        mean, ratio = statistics.mean(figures), seconds / base
+        print(f"{threshold:9g} {warmup:6} {limit:5} {ratio:11.2f} {mean:10.1f} {min(figures):6.1f}", flush=True)
+        if mean >= args.bound and (best is None or ratio < best[0]):
+            best = ratio, policy
+    print(f"best above {args.bound:g} dB: {best[1] if best else 'none'}")
+
+
+if __name__ == "__main__":
+    main()

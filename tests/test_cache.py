@@ -1,0 +1,91 @@
+"""Step caching: which steps are skipped, what stands in for them, and that nothing changes where none is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from flux2_local import Flux2
+from flux2_local.cache import StepCache
+from flux2_local.costs import Work
+from flux2_local.explore import family_architecture
+from flux2_local.plan import Need, choose_cache
+from flux2_local.presets import CachePolicy, models, tiers
+
+EVERY = CachePolicy(threshold=float("inf"), warmup=2, tail=1, limit=2)
+NEVER = CachePolicy(threshold=0.0, warmup=2, tail=1, limit=2)
+SIX = {"image_size": "square", "num_inference_steps": 9, "enable_safety_checker": False, "seed": 3}
+
+
+def picture(flux):
+    return np.asarray(flux.generate("a boat", **SIX).images[0].image)
+
+
+def with_policy(monkeypatch, policy):
+    """Every plan from here on has this policy."""
+    import flux2_local.pipeline as pipeline
+
+    make = pipeline.make_plan
+    monkeypatch.setattr(pipeline, "make_plan", lambda *a: replace(make(*a), cache=policy))
+
+
+def test_a_linear_course_is_extrapolated_exactly():
+    sigmas = (1.0, 0.9, 0.7, 0.6, 0.2, 0.0)
+    cache = StepCache(replace(EVERY, limit=3, tail=0), sigmas)
+    course = lambda s: torch.full((1, 2, 3), 5.0 - 2 * s)  # noqa: E731
+    for step in range(2):
+        assert cache.rest(torch.ones(1)) is None
+        cache.keep(course(sigmas[step]))
+    for step in range(2, 5):
+        torch.testing.assert_close(cache.rest(torch.ones(1)), course(sigmas[step]))
+    assert cache.skipped == [2, 3, 4]
+
+
+def test_a_step_that_changes_much_is_computed():
+    cache = StepCache(replace(EVERY, threshold=0.1), tuple(np.linspace(1, 0, 9)))
+    answers = []
+    for value in (1.0, 1.0, 1.05, 1.2, 1.21, 1.22, 1.23):
+        answers.append(cache.rest(torch.full((4,), value)) is not None)
+        if not answers[-1]:
+            cache.keep(torch.zeros(4))
+    assert answers == [False, False, True, False, True, True, False]
+
+
+def test_steps_that_may_be_skipped_are(dev_folder, monkeypatch):
+    flux = Flux2.load(dev_folder)
+    calls = []
+    block = flux._components.transformer.single_transformer_blocks[0]
+    block.register_forward_hook(lambda *_: calls.append(1))
+    whole = picture(flux)
+    assert len(calls) == 9
+    with_policy(monkeypatch, EVERY)
+    calls.clear()
+    quick = picture(flux)
+    assert len(calls) == 2 + 2 + 1  # 0 and 1, 4 and 7 after two skipped steps each, and the last
+    assert quick.shape == whole.shape and not np.array_equal(quick, whole)
+
+
+@pytest.mark.parametrize("folder", ["dev_folder", "klein_base_folder"])
+def test_nothing_changes_where_no_step_is_skipped(folder, monkeypatch, request):
+    flux = Flux2.load(request.getfixturevalue(folder))
+    want = picture(flux)
+    with_policy(monkeypatch, NEVER)
+    assert np.array_equal(picture(flux), want)
+
+
+def test_only_calibrated_models_and_many_steps_are_cached():
+    high = replace(tiers()["high"], cache={"dev": EVERY})
+    arch = family_architecture(models()["dev"])
+
+    def chosen(name, variant, tier):
+        return choose_cache(Need(name, variant, tier, arch, Work()))
+
+    assert chosen("dev", "standard", high)[1] is EVERY
+    for name, variant, tier in (
+        ("klein-4b", "standard", high),
+        ("dev", "turbo", high),
+        ("dev", "standard", tiers()["none"]),
+    ):
+        choice, policy = chosen(name, variant, tier)
+        assert policy is None and choice.value == "off" and choice.reason
