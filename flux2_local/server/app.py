@@ -50,13 +50,13 @@ def make_app(settings: Settings, store: Store, plain_port: int | None = None) ->
         },
     )
     app.state.plain_port = plain_port
-    router = APIRouter()
-    for endpoint in endpoints().values():
-        add_calls(router, endpoint)
-        add_requests(router, endpoint)
-    app.include_router(router)
+    app.state.routers = {name: APIRouter() for name in endpoints()}
+    for name, endpoint in endpoints().items():
+        add_calls(app.state.routers[name], endpoint)
+        add_requests(app.state.routers[name], endpoint)
+        app.include_router(app.state.routers[name])
     app.include_router(pages.router)
-    app.openapi = lambda: schema.document(app, None)  # type: ignore[method-assign]
+    app.openapi = lambda: schema.document(app.routes, None)  # type: ignore[method-assign]
     return Gate(app, settings)
 
 

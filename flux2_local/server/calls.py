@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -50,7 +52,6 @@ async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
 def add_calls(router: APIRouter, endpoint: Endpoint) -> None:
     """Register an endpoint's run, stream and submit."""
     body = schema.input_model(endpoint)
-    common: dict[str, Any] = {"tags": [endpoint.name], "responses": schema.CALLS}
     name = schema.name_of(endpoint)
 
     async def run(request: Request, body: BaseModel) -> Response:
@@ -79,16 +80,12 @@ def add_calls(router: APIRouter, endpoint: Endpoint) -> None:
 
     for call in (run, stream, submit):
         call.__annotations__["body"] = body
-    queue = schema.QueueStatus
-    router.post(f"/{endpoint.name}", response_model=schema.Output, operation_id=f"run{name}", **common)(run)
-    router.post(f"/{endpoint.name}/stream", operation_id=f"stream{name}", response_class=EventStream, **common)(stream)
-    router.post(f"/queue/{endpoint.name}", response_model=queue, operation_id=f"submit{name}", **common)(submit)
-
-
-class EventStream(Response):
-    """For the schema: what a streaming call answers with."""
-
-    media_type = "text/event-stream"
+    post = partial(router.post, tags=[endpoint.name])
+    output, status, calls = schema.Output, schema.QueueStatus, schema.CALLS
+    streamed = {**calls, **schema.EVENTS}
+    post(f"/{endpoint.name}", operation_id=f"run{name}", response_model=output, responses=calls)(run)
+    post(f"/{endpoint.name}/stream", operation_id=f"stream{name}", response_class=Response, responses=streamed)(stream)
+    post(f"/queue/{endpoint.name}", operation_id=f"submit{name}", response_model=status, responses=calls)(submit)
 
 
 async def _ended_or_gone(request: Request, desk: Desk, job: Job) -> None:
@@ -116,7 +113,7 @@ async def _hang_up(request: Request) -> None:
         pass
 
 
-async def _until_gone(desk: Desk, job: Job, base: str) -> Any:
+async def _until_gone(desk: Desk, job: Job, base: str) -> AsyncIterator[str]:
     """A job's steps; when the caller hangs up, the job is cancelled."""
     try:
         async for step in events.steps(job, base):

@@ -21,7 +21,7 @@ KEPT = (
 """Attributes that a job's row holds."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way through the queue.
 

@@ -138,7 +138,7 @@ async def openapi(request: Request, endpoint_id: str) -> Response:
     endpoint = endpoints().get(endpoint_id)
     if endpoint is None:
         return answers.problem(404, "not_found", f"Endpoints: {', '.join(endpoints())}.")
-    return Answer(schema.document(request.app, endpoint))
+    return Answer(schema.document(request.app.state.routers[endpoint_id].routes, endpoint))
 
 
 @router.get("/", include_in_schema=False)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ..endpoints import Endpoint
 from . import answers, events, schema
 from .addresses import file_base, queue_urls
-from .calls import EventStream, desk_of
+from .calls import desk_of
 from .jobs import Job
 
 UNKNOWN = "There is no request {} here, or not any more."
@@ -27,8 +27,8 @@ def add_requests(router: APIRouter, endpoint: Endpoint) -> None:
         f"{root}/status", operation_id=f"status{name}", response_model=schema.QueueStatus, responses=found, **common
     )(status)
     router.get(
-        f"{root}/status/stream", operation_id=f"statusStream{name}", response_class=EventStream,
-        responses=schema.PROBLEMS, **common,
+        f"{root}/status/stream", operation_id=f"statusStream{name}", response_class=Response,
+        responses={**schema.PROBLEMS, **schema.EVENTS}, **common,
     )(status_stream)  # fmt: skip
     router.get(root, operation_id=f"result{name}", response_model=schema.Output, responses=schema.CALLS, **common)(
         result

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.routing import BaseRoute
 
 from ..endpoints import Endpoint, endpoints
 from ..request import MAX_REFERENCES, STANDARD_ONLY, Request
@@ -164,12 +165,16 @@ CALLS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def document(app: FastAPI, endpoint: Endpoint | None) -> dict[str, Any]:
-    """The OpenAPI document of one endpoint in fal's queue form, or of everything.
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+def document(routes: Sequence[BaseRoute], endpoint: Endpoint | None) -> dict[str, Any]:
+    """The OpenAPI document of one endpoint's routes in fal's queue form, or of all routes.
 
     In the queue form, paths are those below ``/queue``, which is what the server is given as.
     """
-    routes = [r for r in app.routes if endpoint is None or getattr(r, "tags", None) == [endpoint.name]]
     title = "flux2-local" if endpoint is None else endpoint.title
     made = get_openapi(title=title, version=__version__, routes=routes, openapi_version="3.1.0")
     if endpoint is None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server's packages are not installed: pip install 'flux2-local[server]'")
-pytest.importorskip(
-    "prometheus_client", reason="the server's packages are not installed: pip install 'flux2-local[server]'"
-)
-
-from harness import Server
+if TYPE_CHECKING:
+    from harness import Server
 
 
 @pytest.fixture(scope="session")
 def session_server(tmp_path_factory: pytest.TempPathFactory, klein_folder: Path) -> Iterator[Server]:
+    from harness import Server
+
     server = Server(tmp_path_factory.mktemp("server") / "data", klein_folder, "--no-safety-checker", "--tls")
     server.wait_ready()
     yield server
@@ -35,6 +34,8 @@ def server(session_server: Server) -> Iterator[Server]:
 @pytest.fixture
 def start(tmp_path: Path, klein_folder: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers with options of their own; they end with the test."""
+    from harness import Server
+
     servers: list[Server] = []
 
     def begin(*options: str, model: Path | str | None = None, folder: Path | None = None) -> Server:

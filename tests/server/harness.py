@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+
+for package in ("fastapi", "uvicorn", "prometheus_client", "cryptography"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'flux2-local[server]'")
 
 COMMAND = [sys.executable, "-c", "from flux2_local.cli import main; main()", "serve"]
 STANDARD, TURBO, FLASH = "fal-ai/flux-2", "fal-ai/flux-2/turbo", "fal-ai/flux-2/flash"

@@ -132,7 +132,7 @@ function drawOutput(output) {
   const rows = Object.entries(output.timings).filter(([, seconds]) => seconds > 0);
   byId("timings").replaceChildren(...rows.map(([name, seconds]) => make("tr", {},
     make("th", { scope: "row" }, name), make("td", {}, `${seconds.toFixed(2)} s`))));
-  byId("seed").textContent = `Seed ${output.seed}${output.prompt === values(state.fields).prompt ? "" : ` — prompt: ${output.prompt}`}`;
+  byId("used-seed").textContent = `Seed ${output.seed}${output.prompt === values(state.fields).prompt ? "" : ` — prompt: ${output.prompt}`}`;
   byId("facts").hidden = false;
 }
 

@@ -1,0 +1,195 @@
+"""Unmodified clients: the spec's cURL and Python script, fal-client's calls, and the JavaScript client through its proxy."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import EDIT, FLASH, LONG, SMALL, STANDARD, TURBO
+from PIL import Image
+
+fal_client = pytest.importorskip("fal_client", reason="fal-client is not installed: pip install 'flux2-local[test]'")
+
+JAVASCRIPT_CLIENT = "@fal-ai/client@1.10.1"
+
+CURL = """\
+curl --request POST \\
+  --url https://fal.run/fal-ai/flux-2/flash \\
+  --header "Authorization: Key $FAL_KEY" \\
+  --header "Content-Type: application/json" \\
+  --data '{
+     "prompt": "An army of ants battles for a sugar cube in a giant sandbox, with tiny plastic soldier toys caught in the melee."
+   }'
+"""
+
+PYTHON = """\
+import fal_client
+
+def on_queue_update(update):
+    if isinstance(update, fal_client.InProgress):
+        for log in update.logs:
+           print(log["message"])
+
+result = fal_client.subscribe(
+    "fal-ai/flux-2/turbo",
+    arguments={
+        "prompt": "A realistic photograph of a vintage typewriter with a sheet of paper inserted"
+    },
+    with_logs=True,
+    on_queue_update=on_queue_update,
+)
+print(result)
+"""
+
+SCRIPT = """\
+import { fal } from "@fal-ai/client";
+fal.config({ proxyUrl: { url: process.env.PROXY, when: "always" } });
+const input = { prompt: "a boat", image_size: "square", seed: 5 };
+const out = { updates: [], stream: [], failures: [] };
+
+const result = await fal.subscribe("fal-ai/flux-2/turbo", {
+  input, logs: true, pollInterval: 100,
+  onQueueUpdate: (update) => {
+    out.updates.push(update.status);
+    if (update.status === "IN_PROGRESS") update.logs.map((log) => log.message);
+  },
+});
+out.subscribed = result;
+out.streamed = await fal.subscribe("fal-ai/flux-2/flash", { input, logs: true, mode: "streaming" });
+out.run = await fal.run("fal-ai/flux-2/flash", { input });
+
+const stream = await fal.stream("fal-ai/flux-2/flash", { input });
+for await (const event of stream) out.stream.push(event);
+out.done = await stream.done();
+
+const { request_id } = await fal.queue.submit("fal-ai/flux-2/flash", { input });
+await fal.queue.subscribeToStatus("fal-ai/flux-2/flash", { requestId: request_id, logs: true, pollInterval: 100 });
+out.status = await fal.queue.status("fal-ai/flux-2/flash", { requestId: request_id, logs: true });
+out.result = await fal.queue.result("fal-ai/flux-2/flash", { requestId: request_id });
+
+const long = await fal.queue.submit("fal-ai/flux-2", { input: { ...input, num_inference_steps: 50, num_images: 4 } });
+await fal.queue.cancel("fal-ai/flux-2", { requestId: long.request_id });
+await fal.queue.subscribeToStatus("fal-ai/flux-2", { requestId: long.request_id, pollInterval: 100 });
+const failing = [
+  () => fal.queue.result("fal-ai/flux-2", { requestId: long.request_id }),
+  () => fal.run("fal-ai/flux-2", { input: { prompt: "x", guidance_scale: 21 } }),
+  () => fal.queue.status("fal-ai/flux-2", { requestId: "nobody" }),
+];
+for (const call of failing) await call().catch((e) => out.failures.push([e.name, e.status, e.body]));
+console.log(JSON.stringify(out));
+"""
+
+
+@pytest.fixture
+def plain(server, monkeypatch):
+    """fal-client pointed at the server, as ``serve`` says for plain http."""
+    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{server.url}/")
+    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{server.url}/queue/")
+    monkeypatch.setenv("FAL_KEY", "any")
+    return fal_client
+
+
+def test_the_specs_curl_command_with_the_host_replaced(server):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = CURL.replace("https://fal.run", server.url)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "FAL_KEY": "any"})
+    result = json.loads(done.stdout)
+    assert result["images"][0]["width"] == 1024 and result["prompt"].startswith("An army of ants")
+
+
+def test_the_specs_python_script_with_environment_variables_alone(server, tmp_path):
+    lines = [line.strip().removeprefix("export ") for line in server.text.splitlines() if "export " in line]
+    environment = dict(pair.split("=", 1) for line in lines for pair in line.split())
+    assert set(environment) == {"FAL_KEY", "FAL_RUN_HOST", "FAL_QUEUE_RUN_HOST", "SSL_CERT_FILE"}
+    script = tmp_path / "script.py"
+    script.write_text(PYTHON.replace('inserted"', 'inserted", "image_size": "square"'))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 8/8" in done.stdout and f"'url': '{server.url}/files/" in done.stdout
+
+
+def test_every_call_of_the_python_client(plain, server):
+    seen = []
+    arguments = {**SMALL, "seed": 5}
+    result = plain.subscribe(TURBO, arguments, with_logs=True, on_queue_update=seen.append, on_enqueue=seen.append)
+    assert isinstance(seen[0], str) and isinstance(seen[-1], plain.Completed) and seen[-1].metrics["inference_time"] > 0
+    assert any(isinstance(s, plain.Queued | plain.InProgress) for s in seen[1:])
+    assert result["seed"] == 5 and plain.run(FLASH, arguments)["seed"] == 5
+    handle = plain.submit(FLASH, arguments)
+    assert handle.get()["images"] and plain.result(FLASH, handle.request_id)["seed"] == 5
+    done = plain.status(FLASH, handle.request_id, with_logs=True)
+    assert isinstance(done, plain.Completed) and done.logs[-1]["message"] == "step 4/4" and done.error is None
+    events = list(plain.stream(FLASH, arguments))
+    assert events[-1]["images"] and any(e.get("stage") == "denoise" for e in events)
+
+
+def test_the_python_clients_errors_and_cancelling(plain):
+    handle = plain.submit(STANDARD, LONG)
+    for state in handle.iter_events(with_logs=True):
+        if isinstance(state, plain.InProgress):
+            plain.cancel(STANDARD, handle.request_id)
+    assert isinstance(state, plain.Completed) and state.error_type == "client_cancelled"
+    with pytest.raises(plain.FalClientHTTPError) as caught:
+        handle.get()
+    assert caught.value.error_type == "client_cancelled"
+    with pytest.raises(plain.FalClientHTTPError) as caught:
+        plain.run(STANDARD, {"prompt": "x", "guidance_scale": 21})
+    assert caught.value.status_code == 422 and caught.value.message[0]["loc"] == ["body", "guidance_scale"]
+
+
+def test_the_python_clients_asynchronous_calls_and_editing(plain):
+    async def main():
+        picture = plain.encode_image(Image.effect_noise((96, 96), 80).convert("RGB"))
+        edited = await plain.run_async(EDIT, {**SMALL, "image_urls": [picture], "num_inference_steps": 4})
+        handle = await plain.submit_async(FLASH, SMALL)
+        result = await plain.subscribe_async(FLASH, SMALL)
+        streamed = [event async for event in plain.stream_async(FLASH, SMALL)]
+        return edited, await handle.get(), result, streamed[-1]
+
+    assert all(answer["images"] for answer in asyncio.run(main()))
+
+
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory) -> Path:
+    for tool in ("node", "npm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"type": "module"}')
+    done = subprocess.run(
+        ["npm", "install", "--no-audit", "--no-fund", JAVASCRIPT_CLIENT],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode:
+        pytest.skip(f"npm cannot install {JAVASCRIPT_CLIENT}: {done.stderr[-200:]}")
+    return folder
+
+
+def test_every_call_of_the_javascript_client_through_the_proxy(server, node_folder):
+    (node_folder / "script.js").write_text(SCRIPT)
+    environment = {**os.environ, "PROXY": f"{server.url}/api/fal/proxy"}
+    done = subprocess.run(
+        ["node", "script.js"], cwd=node_folder, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["updates"][-1] == "COMPLETED" and len(out["subscribed"]["requestId"]) == 36
+    for name in ("subscribed", "streamed", "run", "result"):
+        assert out[name]["data"]["seed"] == 5 and out[name]["data"]["images"][0]["url"].startswith(server.url)
+    assert out["stream"][-1]["images"] and out["done"]["seed"] == 5
+    assert any(event.get("stage") == "denoise" for event in out["stream"])
+    assert out["status"]["status"] == "COMPLETED" and out["status"]["logs"]
+    cancelled, wrong, unknown = out["failures"]
+    assert cancelled[2]["error_type"] == "client_cancelled"
+    assert wrong[:2] == ["ValidationError", 422] and wrong[2]["detail"][0]["loc"] == ["body", "guidance_scale"]
+    assert unknown[1] == 404
