@@ -29,7 +29,6 @@ from torch import Tensor
 META = torch.device("meta")
 SIZES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "HEADS", "HADAMARD", "TOTAL", "GATED")
 SHARED_KERNELS = {
-    "quantize_rows_rotated": "quantize_rows",
     "linear_w8a8_int8": "linear_w8a8",
     "linear_w8a8_fp8": "linear_w8a8",
     "linear_w4a16": "linear_w4",

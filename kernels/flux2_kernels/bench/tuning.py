@@ -72,6 +72,8 @@ def candidates(kernel: str, sm: int) -> list[Config]:
         return [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m in (8, 16, 32) for n in (128, 256) for w in (4, 8)]
     if kernel == "qk_norm_rope":
         return [{"HEADS": h, "num_warps": w} for h in (8, 16, 32) for w in (2, 4, 8)]
+    if kernel == "quantize_rotated":
+        return [{"BLOCK": b, "num_warps": w} for b in (2048, 4096) for w in (4, 8)]
     if kernel in ("gated_residual", "swiglu", "swiglu_quantized"):
         return [{"BLOCK": b, "num_warps": w} for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16)]
     return [{"num_warps": w} for w in (2, 4, 8, 16, 32)]
@@ -80,11 +82,12 @@ def candidates(kernel: str, sm: int) -> list[Config]:
 def groups(kernel: str, sm: int) -> list[Group]:
     """The entries that ``kernel`` gets, narrowest condition first; the last has none."""
     if kernel in ("modulated_norm", "gated_residual_norm"):
-        return _by_width((kernel, f"{kernel}_quantized"), {}, 16384)
+        return _by_width((kernel, f"{kernel}_quantized"), 16384)
     if kernel == "quantize_rows":
-        return _by_width((kernel,), {}, 24576)
-    if kernel == "quantize_rows_rotated":
-        return _by_width(("quantize_rows",), {"hadamard": 128}, 24576)
+        return _by_width((kernel,), 24576)
+    if kernel == "quantize_rotated":
+        rotated = tuple(p for p in _shapes(("quantize_rows",), INT8) if p[2].dims.get("hadamard"))
+        return [Group({}, rotated)]
     if kernel.startswith("linear_w8a8"):
         form = E4M3 if kernel.endswith("fp8") else INT8
         names = ("linear_w8a8", "linear_w8a8_gated")
@@ -102,9 +105,9 @@ def _shapes(names: Sequence[str], form: Format) -> tuple[Problem, ...]:
     return tuple((name, form, case) for name in names for case in OPS[name].shapes if case.name != "klein-9b")
 
 
-def _by_width(names: Sequence[str], more: dict[str, int], widest: int) -> list[Group]:
+def _by_width(names: Sequence[str], widest: int) -> list[Group]:
     def problems(width: int) -> tuple[Problem, ...]:
-        case = Case(f"width-{width}", {**OPS[names[0]].shapes[0].dims, **more, "width": width})
+        case = Case(f"width-{width}", {**OPS[names[0]].shapes[0].dims, "width": width})
         return tuple((name, INT8 if INT8 in OPS[name].formats else BF16, case) for name in names)
 
     conditions: list[dict[str, Any]] = [{"at_most": {"width": 4096}}, {"at_most": {"width": 8192}}, {}]

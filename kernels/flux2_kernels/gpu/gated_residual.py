@@ -152,7 +152,7 @@ def launch_norm(
     }
     constants = {"EPS": norm_op.EPS, "BLOCK": block, "HALF": x.dtype == torch.float16}
     constants |= quantization(row_scales is not None, values.dtype)
-    options = options_of(config_of(at, "gated_residual_norm", width=block))
+    options = options_of(config_of(at, "gated_residual_norm", width=block, size=x.element_size()))
     return Launch(gated_residual_norm_kernel, (batch * tokens,), arguments, constants, options, x.device)
 
 

@@ -53,7 +53,7 @@ def launch(x: Tensor, shift: Tensor, scale: Tensor, out: Tensor, row_scales: Ten
     """The launch that fills ``out`` and, when quantizing, ``row_scales``, with the configuration of SM ``at``."""
     batch, tokens, width = x.shape
     block = triton.next_power_of_2(width)
-    config = config_of(at, "modulated_norm", width=block)
+    config = config_of(at, "modulated_norm", width=block, size=x.element_size())
     return Launch(
         modulated_norm_kernel,
         (batch * tokens,),

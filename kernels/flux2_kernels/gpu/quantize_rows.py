@@ -1,4 +1,8 @@
-"""Triton: one program a row, the row in registers; the rotation is a product of matrix units with ±1."""
+"""Triton: one program a row, the row in registers.
+
+A rotation is a product of matrix units with ±1, of a part of the row at a time: twice, the second time out of cache, because
+a whole row rotated in float32 does not fit into registers.
+"""
 
 import torch
 import triton
@@ -46,6 +50,30 @@ def quantize_rows_kernel(
     x_batch,
     x_token,
     BLOCK: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    INTEGER: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row // tokens * x_batch + row % tokens * x_token
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
+    step = blocks.row_scale(blocks.magnitude(values), LARGEST, FLOOR)
+    tl.store(row_scales + row, step)
+    tl.store(out + row * width + columns, blocks.quantize(values, step, INTEGER, LARGEST), mask=columns < width)
+
+
+@triton.jit
+def quantize_rotated_kernel(
+    x,
+    out,
+    row_scales,
+    tokens,
+    width,
+    x_batch,
+    x_token,
+    BLOCK: tl.constexpr,
     HADAMARD: tl.constexpr,
     FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -55,24 +83,27 @@ def quantize_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     x += row // tokens * x_batch + row % tokens * x_token
-    if HADAMARD:
-        columns = tl.arange(0, BLOCK // HADAMARD)[:, None] * HADAMARD + tl.arange(0, HADAMARD)[None]
-        values = rotate(tl.load(x + columns, mask=columns < width, other=0.0), HADAMARD, FACTOR)
-        bits = tl.max(blocks.magnitude(values), axis=0)
-    else:
-        columns = tl.arange(0, BLOCK)
-        values = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
-        bits = blocks.magnitude(values)
-    step = blocks.row_scale(bits, LARGEST, FLOOR)
+    out += row * width
+    inside = tl.arange(0, BLOCK // HADAMARD)[:, None] * HADAMARD + tl.arange(0, HADAMARD)[None]
+    most = tl.zeros([BLOCK // HADAMARD], tl.int32)
+    for start in range(0, width, BLOCK):
+        columns = start + inside
+        values = tl.load(x + columns, mask=columns < width, other=0.0, eviction_policy="evict_last")
+        most = tl.maximum(most, blocks.magnitude(rotate(values, HADAMARD, FACTOR)))
+    step = blocks.row_scale(tl.max(most, axis=0), LARGEST, FLOOR)
     tl.store(row_scales + row, step)
-    tl.store(out + row * width + columns, blocks.quantize(values, step, INTEGER, LARGEST), mask=columns < width)
+    for start in range(0, width, BLOCK):
+        columns = start + inside
+        values = tl.load(x + columns, mask=columns < width, other=0.0, eviction_policy="evict_first")
+        values = blocks.quantize(rotate(values, HADAMARD, FACTOR), step, INTEGER, LARGEST)
+        tl.store(out + columns, values, mask=columns < width)
 
 
 def launch(x: Tensor, hadamard: int, values: Tensor, row_scales: Tensor, at: int) -> Launch:
     """The launch that fills ``values`` and ``row_scales`` from x [B, T, K], with the configuration of SM ``at``."""
     batch, tokens, width = x.shape
-    block = max(triton.next_power_of_2(width), 16 * hadamard)  # matrix units take at least 16 rows
-    config = config_of(at, "quantize_rows_rotated" if hadamard else "quantize_rows", width=block)
+    block = triton.next_power_of_2(width)
+    config = config_of(at, "quantize_rotated" if hadamard else "quantize_rows", width=block, size=x.element_size())
     arguments = {
         "x": x,
         "out": values,
@@ -82,9 +113,13 @@ def launch(x: Tensor, hadamard: int, values: Tensor, row_scales: Tensor, at: int
         "x_batch": x.stride(0),
         "x_token": x.stride(1),
     }
-    constants = {"BLOCK": block, "HADAMARD": hadamard, "FACTOR": max(hadamard, 1) ** -0.5}
-    constants |= quantization(True, values.dtype)
-    return Launch(quantize_rows_kernel, (batch * tokens,), arguments, constants, options_of(config), x.device)
+    constants = {"BLOCK": block, **quantization(True, values.dtype)}
+    kernel = quantize_rows_kernel
+    if hadamard:
+        kernel = quantize_rotated_kernel
+        block = max(min(config["BLOCK"], block), 16 * hadamard)  # matrix units take at least 16 rows
+        constants |= {"BLOCK": block, "HADAMARD": hadamard, "FACTOR": hadamard**-0.5}
+    return Launch(kernel, (batch * tokens,), arguments, constants, options_of(config), x.device)
 
 
 def _room(x: Tensor, dtype: torch.dtype, hadamard: int) -> tuple[Tensor, Tensor]:
