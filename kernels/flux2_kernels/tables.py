@@ -56,7 +56,8 @@ def _config(sm: int, kernel: str, dims: tuple[tuple[str, int], ...]) -> Config:
 def config_of(sm: int, kernel: str, **dims: int) -> Config:
     """The configuration of ``kernel`` for a problem: of its entries, the first whose conditions hold.
 
-    An entry's ``equal`` names dimensions (``size``: bytes per element) that must match, ``at_most`` dimensions that must not exceed a value.
+    An entry's ``equal`` names dimensions that must match, ``at_most`` dimensions that must not exceed a value; ``size`` is
+    the bytes of an element.
     """
     return _imposed.get(kernel) or _config(sm, kernel, tuple(sorted(dims.items())))
 
