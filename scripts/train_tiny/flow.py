@@ -24,7 +24,9 @@ from .sample import reporter
 from .scenes import random_scene
 from .trainer import Run, Trainer, load_ema, load_state
 
-TOKENS_PER_BATCH = 13_000
+TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
+"""On a CPU time is short, and many small steps learn more in it than few large ones."""
+
 SQUARE = (16, 16)
 MAX_GUIDANCE = 10.0
 
@@ -76,7 +78,7 @@ class Samples:
         """Packed latents [B, N, 128] float32, their captions, their size in tokens."""
         bucket = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
         rows, (_, seed0) = self.rows[bucket], latents.BUCKETS[bucket]
-        count = TOKENS_PER_BATCH // (rows.shape[1] + TEXT_TOKENS)
+        count = TOKENS_PER_BATCH[self.run.device] // (rows.shape[1] + TEXT_TOKENS)
         chosen = sorted(self.rng.sample(range(len(rows)), count))
         scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
         words = [rich(s, self.rng) if self.rng.random() < 0.2 else caption(s, self.rng) for s in scenes]
