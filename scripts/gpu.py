@@ -112,7 +112,7 @@ def check(run: Run) -> list[Check]:
 
     done: list[Check] = []
     for op in run.ops:
-        here = list(check_all(op, run.place, run.device))
+        here = list(check_all(op, op.cases[:1] if run.dry else op.cases, run.place, run.device))
         form = op.formats[0]
         if not run.check_only:
             here.append(check_compiled(op, form, run.place, run.device, "aot_eager" if run.dry else "inductor"))
@@ -155,7 +155,8 @@ def tune(run: Run) -> Path:
     sm = run.place.sm or 89
     kernels = [k for k in tables.table(sm)["configs"] if not run.dry or k in ("modulated_norm", "linear_w4a8", "scale")]
     place = run.place if run.place.sm else type(run.place)("cpu", sm, triton=True, interpreter=True)
-    tuner = Tuner(place, run.device, (lambda op, case: op.cases[1]) if run.dry else (lambda op, case: case))
+    cut = (lambda op, case: op.cases[1]) if run.dry else (lambda op, case: case)
+    tuner = Tuner(place, run.device, cut, most=2 if run.dry else None)
     path = (run.folder if run.dry else tables.FOLDER) / f"sm_{sm}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(written(tuner.table(card(run), kernels)))

@@ -43,7 +43,7 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     record = json.loads(table.with_suffix(".json").read_text())
     assert record == json.loads(ran.stdout.strip().rpartition("\n")[2])
     assert {"torch", "triton", "commit", "date", "sanitizer", "rates", "aims", "tuned"} <= set(record)
-    assert record["failed"] == [] and record["checks"] > 250
+    assert record["failed"] == [] and record["checks"] > 100
     tuned = json.loads((tmp_path / record["tuned"]).read_text())
     assert tuned["measured_on"] == "dry run" and tuned["configs"]["linear_w4a8"][0]["BLOCK_M"] > 0
     assert sorted(tuned["order"]["linear_w8a8"]["int8"]) == ["int_mm", "triton"]

@@ -43,10 +43,10 @@ def check_one(op: Op, case: Case, form: Format, name: str, device: torch.device,
         return Check(*labels, float("inf"), f"{type(error).__name__}: {error}")
 
 
-def check_all(op: Op, place: Place, device: torch.device) -> Iterator[Check]:
-    """Every case, format and implementation of ``op`` that runs at ``place``."""
+def check_all(op: Op, cases: Sequence[Case], place: Place, device: torch.device) -> Iterator[Check]:
+    """``cases`` of ``op`` in every format and implementation that runs at ``place``."""
     for form in op.formats:
-        for case in op.cases:
+        for case in cases:
             for name, reason in reasons(op.name, place, form, case.dims).items():
                 if reason is None:
                     yield check_one(op, case, form, name, device)

@@ -137,12 +137,14 @@ class Tuner:
     Attributes:
         place, device: where.
         cut: makes a problem's case smaller, for a dry run, or leaves it.
+        most: candidates tried per kernel; None for all.
         progress: told each choice, a line.
     """
 
     place: Place
     device: torch.device
     cut: Callable[[Op, Case], Case]
+    most: int | None = None
     progress: Progress = print
 
     def table(self, card: str, kernels: Sequence[str]) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Tuner:
     def entry(self, kernel: str, group: Group) -> Config:
         """The quickest configuration that is right and spills no registers; the kept one if none is."""
         timed = []
-        for config in candidates(kernel, self.place.sm):
+        for config in candidates(kernel, self.place.sm)[: self.most]:
             with imposed(kernel, config):
                 try:
                     timed.append((self.seconds(group.problems, self.implementation(kernel)), config))
