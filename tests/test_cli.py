@@ -145,7 +145,8 @@ def test_every_error_has_an_exit_code(capsys):
 def test_interrupting_leaves_nothing_behind(tmp_path):
     arguments = ["a ball", "--size", "2048x2048", "--steps", "50", "-a", "none", "-o", str(tmp_path / "x.png")]
     code = (
-        "import sys, flux2_local.cli.progress as p\n"
+        "import signal, sys, flux2_local.cli.progress as p\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
         "old = p.Display.__call__\n"
         "def new(self, r):\n"
         "    old(self, r)\n"

@@ -28,6 +28,11 @@ def pixels(flux):
     return np.asarray(flux.generate("a red boat", **FIELDS).images[0].image).astype(int)
 
 
+def same(a, b):
+    """Equal but for rounding: matmuls round by how weights lie in memory, and that differs between layouts of a file."""
+    return np.abs(a - b).max() <= 1 and (a != b).mean() < 1e-3
+
+
 @pytest.fixture(scope="module")
 def reference(dev_folder):
     return pixels(Flux2.load(dev_folder, acceleration="none"))
@@ -94,7 +99,7 @@ def test_a_single_file_gives_the_same_pixels(tmp_path, dev_folder, state, refere
     save_file(tensors, path)
     flux = Flux2.load(path, base=dev_folder, acceleration="none")
     assert flux.checkpoint.single == path and flux.checkpoint.name == "model"
-    assert np.array_equal(pixels(flux), reference)
+    assert same(pixels(flux), reference)
 
 
 def write_gguf(path, tensors, kind):
@@ -110,13 +115,13 @@ def write_gguf(path, tensors, kind):
     writer.close()
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("F32", 0.0), ("BF16", 12.0), ("Q8_0", 12.0)])
+@pytest.mark.parametrize(("kind", "bound"), [("F32", 0.05), ("BF16", 12.0), ("Q8_0", 12.0)])
 def test_gguf_gives_the_pixels_of_its_precision(tmp_path, dev_folder, state, reference, kind, bound):
     path = tmp_path / "model.gguf"
     write_gguf(path, bfl_names(state), gguf.GGMLQuantizationType[kind])
     got = pixels(Flux2.load(path, base=dev_folder, acceleration="none"))
     error = np.sqrt(((got - reference) ** 2).mean())
-    assert error <= bound and (error > 0) == (bound > 0)
+    assert error <= bound and same(got, reference) == (kind == "F32")
 
 
 def test_gguf_dequantises_as_diffusers_does(tmp_path, state):
@@ -193,7 +198,7 @@ def test_sharded_folders_load_and_missing_shards_are_named(tmp_path, dev_folder,
         save_file({name: state[name] for name in half}, part / file)
         index |= dict.fromkeys(half, file)
     (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert np.array_equal(pixels(Flux2.load(folder, acceleration="none")), reference)
+    assert same(pixels(Flux2.load(folder, acceleration="none")), reference)
     (part / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(WeightsDamagedError, match="00002-of-00002"):
         Flux2.load(folder)

@@ -109,18 +109,16 @@ def test_autoencoder_is_bit_exact_in_float32():
 
 
 def test_decoding_in_tiles_is_close_to_decoding_whole():
-    """Groups are normalised per tile, so tiles differ a little from the whole picture, without seams."""
+    """Groups are normalised per tile: where tiles have the statistics of the whole, as here, only borders differ."""
     vae = load.build_vae(store.find("tiny", "standard"), torch.float32)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 768), torch.linspace(-1, 1, 1024), indexing="ij")
-    picture = torch.stack([x * y, y, -y])[None] * 0.7
+    latents = torch.randn(1, 128, 24, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        latents = vae.encode(picture)
         whole, tiled = vae.decode(latents), vae.decode(latents, 512)
         assert torch.equal(vae.decode(latents, 1024), whole)  # one tile covers it
     error = tiled - whole
-    assert tiled.shape == whole.shape == picture.shape
-    assert error.square().mean().sqrt() < 0.05
-    assert error.diff(dim=3).abs().mean((0, 1, 2)).max() < 0.02
+    assert tiled.shape == whole.shape == (1, 3, 768, 1024)
+    assert 0 < error.std() < 0.1 * whole.std()
+    assert error.diff(dim=3).abs().mean((0, 1, 2)).max() < 0.01  # no column stands out as a seam
 
 
 @pytest.mark.parametrize(("length", "side"), [(14, 6), (11, 6), (6, 6), (3, 6), (100, 16)])
