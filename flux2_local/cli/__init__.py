@@ -9,13 +9,17 @@ from .errors import report
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Entry point. Errors become one message and an exit code; Ctrl-C leaves with 130 and nothing half-written."""
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # what typer makes of Ctrl-C
+            raise
         print("Stopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         sys.exit(report(error))
