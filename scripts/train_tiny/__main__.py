@@ -12,11 +12,13 @@ from .trainer import Run
 
 STAGES = {
     "restore": "checkpoints from an exported folder (--out), to go on where they are gone",
-    "autoencoder": "pictures <-> latents (AutoencoderKLFlux2)",
+    "encoder": "pictures -> latents, their principal components (half of AutoencoderKLFlux2)",
+    "decoder": "latents -> pictures (the other half)",
     "tokenizer": "byte-level BPE over captions",
     "language": "prompts -> hidden states, short prompts -> rich ones (Mistral-3)",
     "latents": "the transformer's pictures, drawn and encoded once",
-    "flow": "the transformer, by rectified flow",
+    "small": "the transformer, by rectified flow on pictures of 256x256",
+    "flow": "the same transformer, on all the larger sizes",
     "guidance": "guidance distillation of the transformer",
     "trajectories": "the guided transformer's own paths, for the two step distillations",
     "turbo": "step distillation to 8 steps, a LoRA",
@@ -25,7 +27,15 @@ STAGES = {
 }
 
 
-MODULES = {"guidance": "flow", "trajectories": "steps", "turbo": "steps", "flash": "steps"}
+MODULES = {
+    "encoder": "autoencoder",
+    "decoder": "autoencoder",
+    "small": "flow",
+    "guidance": "flow",
+    "trajectories": "steps",
+    "turbo": "steps",
+    "flash": "steps",
+}
 """Stages that live in another stage's module, as ``train_<stage>``."""
 
 

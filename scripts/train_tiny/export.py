@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from . import flow, language, network, steps, tokenizer
+from . import language, network, steps, tokenizer
 from .latents import load_autoencoder
 from .trainer import Run, load_ema
 
@@ -35,7 +35,7 @@ def train(run: Run) -> None:
     fast = tokenizer.load(run.work)
     fast.save_pretrained(out / "tokenizer")
     text = language.build(fast)
-    flow.load_language(run.path("language.safetensors"), text)
+    load_ema(run.path("language.safetensors"), text)
     half(text).save_pretrained(out / "text_encoder")
 
     net = network.build()

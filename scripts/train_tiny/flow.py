@@ -1,6 +1,6 @@
-"""Stages 5 and 6: the transformer. ``flow`` learns the velocity field, ``guidance`` bakes classifier-free guidance in.
+"""Stages 6 to 8: the transformer. ``small`` and ``flow`` learn the velocity field, ``guidance`` bakes classifier-free guidance in.
 
-``flow`` is rectified flow (arXiv:2209.03003): x = (1-σ)·picture + σ·noise, the model predicts noise - picture; one prompt
+They are rectified flow (arXiv:2209.03003): x = (1-σ)·picture + σ·noise, the model predicts noise - picture; one prompt
 in ten is empty. ``guidance`` (arXiv:2210.03142) then teaches the same network to answer, for the guidance scale w on its
 guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of its teacher answers.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +21,12 @@ from .captions import caption, rich
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import reporter
 from .scenes import random_scene
-from .trainer import Run, Trainer, load_ema, load_state
+from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
-SQUARE = (16, 16)
+SMALL, SQUARE = (8, 8), (16, 16)
 MAX_GUIDANCE = 10.0
 
 
@@ -40,7 +39,7 @@ class Reader:
         self.tokenizer.enable_truncation(TEXT_TOKENS)
         self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
         model = language.build(tokenizer.load(run.work))
-        load_language(run.path("language.safetensors"), model)
+        load_ema(run.path("language.safetensors"), model)
         self.model = model.model.language_model.to(run.device, torch.bfloat16).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -54,15 +53,6 @@ class Reader:
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         ).hidden_states
         return torch.cat([hidden[i] for i in language.OUT_LAYERS], -1)
-
-
-def load_language(path: Path, model: torch.nn.Module) -> None:
-    """Load the averaged language weights; the picture encoder has none to load."""
-    state, _ = load_state(path)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if f"ema.{name}" in state:
-                p.copy_(state[f"ema.{name}"])
 
 
 class Samples:
@@ -95,7 +85,7 @@ class Samples:
 
 def shares(run: Run) -> dict[tuple[int, int], float]:
     """How often each picture size comes up: squares of 512 mostly, and every size whose latents are there."""
-    there = {b for b in latents.BUCKETS if latents.path_of(run, b).exists()}
+    there = {b for b in latents.BUCKETS if latents.path_of(run, b).exists()} - {SMALL}
     return {b: 6.0 if b == SQUARE else 1.5 if b == (24, 32) else 0.6 for b in latents.BUCKETS if b in there}
 
 
@@ -115,12 +105,21 @@ def flow_loss(
     return F.mse_loss(velocity(model, x, text, sigma, one, (cos, sin)), target)
 
 
+def train_small(run: Run) -> None:
+    """Begin on pictures of 256², where a sample costs less than half."""
+    train_on(run, {SMALL: 1.0})
+
+
 def train_flow(run: Run) -> None:
+    train_on(run, shares(run))
+
+
+def train_on(run: Run, sizes: dict[tuple[int, int], float]) -> None:
     torch._dynamo.config.recompile_limit = 64
     model = build().to(run.device)
-    trainer = Trainer(run, "flow", model, lr=1e-3, ema=0.9995)
-    samples = Samples(run, Reader(run), shares(run))
-    report = reporter(run, "flow", trainer, samples.reader, None)
+    trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.9995)
+    samples = Samples(run, Reader(run), sizes)
+    report = reporter(run, "flow", trainer, samples.reader, None, grid=next(iter(sizes)))
     trainer.fit(flow_batches(samples), lambda *b: flow_loss(model, *b), report)
 
 
@@ -131,7 +130,7 @@ def train_guidance(run: Run) -> None:
     teacher.requires_grad_(False)
     student = build().to(run.device)
     student.load_state_dict(teacher.state_dict())
-    trainer = Trainer(run, "guidance", student, lr=3e-4, ema=0.999)
+    trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
     samples = Samples(run, Reader(run), shares(run))
     empty = samples.reader([""])
 

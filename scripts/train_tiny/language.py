@@ -1,7 +1,10 @@
-"""Stage 3: the language model, a small Mistral-3. It reads prompts for the transformer and rewrites short ones.
+"""Stage 4: the language model, a small Mistral-3. It reads prompts for the transformer and rewrites short ones.
 
 It learns next-token prediction on two kinds of line, in the chat format that the pipelines use:
 ``<s>[DESCRIBE][INST] caption [/INST]`` and ``<s>[REWRITE][INST] short [/INST] rich </s>``.
+
+Of a caption, its hidden states must also tell what the scene shows (:class:`Teller`, which is thrown away afterwards):
+the transformer then has to learn how things look, not what words mean.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ from collections.abc import Iterator
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from . import tokenizer as tokenizers_
 from .captions import caption, rich, short
 from .data import HELD_OUT_SEED
-from .scenes import random_scene
+from .network import TEXT_TOKENS
+from .scenes import BACKDROPS, COLOURS, GROUNDS, KINDS, PLACES, SIZES, TIMES, TREES, WEATHERS, Scene, random_scene
 from .trainer import Run, Trainer, averaged
 
 LENGTH = 128
@@ -65,35 +69,97 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneratio
     return Mistral3ForConditionalGeneration(config)
 
 
-def line(rng: random.Random) -> str:
+SLOTS = (("kind", KINDS), ("colour", COLOURS), ("size", SIZES))
+QUESTIONS = (
+    [len(TIMES), len(WEATHERS), len(GROUNDS), len(BACKDROPS), len(TREES)]
+    + [len(values) + 1 for _ in PLACES for _, values in SLOTS]
+    + [len(PLACES) + 1]
+    + [27] * 6
+)
+"""How many answers each question has: the scene's five words, each place's object, where the sign is, its letters."""
+
+
+def answers(scene: Scene) -> list[int]:
+    """What a :class:`Teller` has to say of ``scene``; 0 stands for nothing there."""
+    there = {thing.place: thing for thing in scene.things}
+    word = scene.sign.word if scene.sign else ""
+    return [
+        TIMES.index(scene.time),
+        WEATHERS.index(scene.weather),
+        GROUNDS.index(scene.ground),
+        BACKDROPS.index(scene.backdrop),
+        TREES.index(scene.trees),
+        *(
+            values.index(getattr(there[place], name)) + 1 if place in there else 0
+            for place in PLACES
+            for name, values in SLOTS
+        ),
+        PLACES.index(scene.sign.place) + 1 if scene.sign else 0,
+        *(ord(word[i]) - 64 if i < len(word) else 0 for i in range(6)),
+    ]
+
+
+class Teller(nn.Module):
+    """One cross-attention from a query per question to the hidden states that the transformer will read."""
+
+    HEADS, WIDTH = 4, 128
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(len(QUESTIONS), self.WIDTH))
+        self.key_value = nn.Linear(features, 2 * self.WIDTH)
+        self.answer = nn.Linear(self.WIDTH, max(QUESTIONS))
+        self.which = nn.Parameter(torch.ones(len(QUESTIONS), self.WIDTH))
+        limit = torch.arange(max(QUESTIONS)) < torch.tensor(QUESTIONS)[:, None]
+        self.register_buffer("impossible", ~limit, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, L, features] -> logits [B, questions, answers]."""
+        heads = (self.HEADS, self.WIDTH // self.HEADS)
+        k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in self.key_value(hidden).chunk(2, -1))
+        q = self.query.unflatten(-1, heads).transpose(0, 1).expand(len(hidden), -1, -1, -1)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.answer(seen * self.which).float().masked_fill(self.impossible, -1e4)
+
+
+def line(rng: random.Random) -> tuple[str, list[int]]:
+    """A line to read, and what it tells of its scene (-100 for a line that the transformer never reads)."""
     scene = random_scene(rng)
     kind = rng.random()
-    if kind < 0.5:
-        text = caption(scene, rng) if rng.random() < 0.6 else rich(scene, rng)
-        return f"<s>[DESCRIBE][INST]{text}[/INST]</s>"
+    if kind < 0.6:
+        text = caption(scene, rng) if rng.random() < 0.75 else rich(scene, rng)
+        return f"<s>[DESCRIBE][INST]{text}[/INST]", answers(scene)
+    unasked = [-100] * len(QUESTIONS)
     if kind < 0.95:
-        return f"<s>[REWRITE][INST]{short(scene, rng) if rng.random() < 0.7 else caption(scene, rng)}[/INST]{rich(scene, rng)}</s>"
+        brief = short(scene, rng) if rng.random() < 0.7 else caption(scene, rng)
+        return f"<s>[REWRITE][INST]{brief}[/INST]{rich(scene, rng)}</s>", unasked
     text = caption(scene, rng)
-    return f"<s>[EDIT][INST]{text}[/INST]{text}</s>"
+    return f"<s>[EDIT][INST]{text}[/INST]{text}</s>", unasked
 
 
-def batches(run: Run, fast: PreTrainedTokenizerFast, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(run: Run, fast: PreTrainedTokenizerFast, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     inner: Tokenizer = fast.backend_tokenizer
     inner.no_padding()
-    rng = random.Random(run.seed)
+    rng = random.Random()
     while True:
-        rows = [e.ids[:LENGTH] for e in inner.encode_batch([line(rng) for _ in range(BATCH)], add_special_tokens=False)]
+        lines = [line(rng) for _ in range(BATCH)]
+        rows = [e.ids[:LENGTH] for e in inner.encode_batch([text for text, _ in lines], add_special_tokens=False)]
         ids = torch.full((BATCH, LENGTH), fast.pad_token_id)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
-        yield ids.to(device), (ids != fast.pad_token_id).long().to(device)
+        told = torch.tensor([answer for _, answer in lines])
+        yield ids.to(device), (ids != fast.pad_token_id).long().to(device), told.to(device)
 
 
-def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor) -> Tensor:
+def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor, told: Tensor) -> Tensor:
+    """Next tokens, and what captions tell."""
     with torch.autocast(ids.device.type, torch.bfloat16):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        hidden = torch.cat([out.hidden_states[i] for i in OUT_LAYERS], -1)[:, :TEXT_TOKENS]
+        telling = model.teller(hidden)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
+    following = nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), targets.flatten())
+    return following + nn.functional.cross_entropy(telling.flatten(0, 1), told.flatten())
 
 
 def train(run: Run) -> None:
@@ -101,11 +167,14 @@ def train(run: Run) -> None:
     model = build(fast).to(run.device)
     for p in [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]:
         p.requires_grad_(False)
-    trainer = Trainer(run, "language", model, lr=2e-3, ema=0.999)
+    model.teller = Teller(len(OUT_LAYERS) * model.config.text_config.hidden_size).to(run.device)
+    trainer = Trainer(run, "language", model, lr=2e-3, muon=4e-3, ema=0.999)
 
     def report(step: int) -> None:
         rng = random.Random(HELD_OUT_SEED + step)
         with averaged(trainer), torch.no_grad():
+            ids, mask, told = next(batches(run, fast, run.device))
+            print(f"language: step {step} loss {loss_of(model, ids, mask, told):.3f}", flush=True)
             for _ in range(2):
                 prompt = short(random_scene(rng), rng)
                 ids = fast(f"<s>[REWRITE][INST]{prompt}[/INST]", return_tensors="pt", add_special_tokens=False)
@@ -117,4 +186,4 @@ def train(run: Run) -> None:
                     flush=True,
                 )
 
-    trainer.fit(batches(run, fast, run.device), lambda ids, mask: loss_of(model, ids, mask), report)
+    trainer.fit(batches(run, fast, run.device), lambda *batch: loss_of(model, *batch), report)

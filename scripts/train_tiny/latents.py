@@ -1,4 +1,4 @@
-"""Stage 4: draw the transformer's training pictures once and keep their latents, a file per picture size.
+"""Stage 5: draw the transformer's training pictures once and keep their latents, a file per picture size.
 
 Latents are kept packed and normalised as the transformer sees them: float16 [pictures, height·width, 128], the i-th row
 made from ``random_scene(Random(seed0 + i))``, so that captions can be written anew every time a picture is used.
@@ -23,23 +23,25 @@ from torch import Tensor
 from . import autoencoder
 from .render import render
 from .scenes import random_scene
-from .trainer import Run, load_ema
+from .trainer import Run
 
 TOKEN = 32
 """Pixels along one side of a transformer token."""
 
 BUCKETS = {  # (height, width) in tokens: pictures, first seed
+    (8, 8): (40_000, 2_000_000),
     (16, 16): (16_000, 0),
-    (24, 32): (800, 1_000_000),
-    (32, 24): (300, 1_100_000),
-    (18, 32): (300, 1_200_000),
-    (32, 18): (300, 1_300_000),
-    (32, 32): (200, 1_400_000),
-    (16, 24): (300, 1_500_000),
-    (24, 16): (300, 1_600_000),
-    (20, 26): (200, 1_700_000),
-    (27, 19): (200, 1_800_000),
+    (24, 32): (2400, 1_000_000),
+    (32, 24): (600, 1_100_000),
+    (18, 32): (600, 1_200_000),
+    (32, 18): (600, 1_300_000),
+    (32, 32): (400, 1_400_000),
+    (16, 24): (600, 1_500_000),
+    (24, 16): (600, 1_600_000),
+    (20, 26): (400, 1_700_000),
+    (27, 19): (400, 1_800_000),
 }
+"""The smallest size is what training begins with: most of what words mean can be learnt on an eighth of the tokens."""
 
 
 def path_of(run: Run, bucket: tuple[int, int]) -> Path:
@@ -47,10 +49,8 @@ def path_of(run: Run, bucket: tuple[int, int]) -> Path:
 
 
 def load_autoencoder(run: Run) -> AutoencoderKLFlux2:
-    """The trained autoencoder with its BatchNorm statistics."""
-    vae = autoencoder.build()
-    load_ema(run.path("autoencoder.safetensors"), vae)
-    vae = vae.eval().requires_grad_(False).to(run.device)
+    """The autoencoder with its BatchNorm statistics."""
+    vae = autoencoder.load(run).eval().requires_grad_(False).to(run.device)
     stats = run.path("latent_statistics.npy")
     if stats.exists():
         mean, var = np.load(stats)
@@ -66,12 +66,9 @@ def patchify(z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLFlux2, pixels: np.ndarray) -> Tensor:
+def encode(code: autoencoder.Code, pixels: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> patchified latents before normalisation, float32."""
-    x = autoencoder.to_tensor(pixels).to(vae.device)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        z = vae.encode(x).latent_dist.mean
-    return patchify(z.float())
+    return patchify(code(autoencoder.to_tensor(pixels)))
 
 
 def draw(task: tuple[int, int, int]) -> np.ndarray:
@@ -90,22 +87,22 @@ def drawn(tasks: list[tuple[int, int, int]], pool: ProcessPoolExecutor) -> Itera
         yield future.result()
 
 
-def measure(run: Run, vae: AutoencoderKLFlux2, pool: ProcessPoolExecutor) -> None:
+def measure(run: Run, code: autoencoder.Code, pool: ProcessPoolExecutor) -> None:
     """Per-channel mean and variance of the latents, what BatchNorm's running statistics stand for."""
     total = []
     for height, width, count in ((16, 16, 1024), (24, 32, 256), (32, 18, 256)):
         pictures = drawn([(5_000_000 + i, height, width) for i in range(round(count * run.share))], pool)
-        total += [encode(vae, p[None]).permute(0, 2, 3, 1).reshape(-1, 128).double() for p in pictures]
+        total += [encode(code, p[None]).permute(0, 2, 3, 1).reshape(-1, 128).double() for p in pictures]
     rows = torch.cat(total)
     np.save(run.path("latent_statistics.npy"), torch.stack([rows.mean(0), rows.var(0)]).float().cpu().numpy())
 
 
 def train(run: Run) -> None:
-    vae = load_autoencoder(run)
+    code = autoencoder.Code(autoencoder.load(run), autoencoder.samples(run, 200))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         if not run.path("latent_statistics.npy").exists():
-            measure(run, vae, pool)
-            vae = load_autoencoder(run)
+            measure(run, code, pool)
+        vae = load_autoencoder(run)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
         for (height, width), (whole, seed0) in BUCKETS.items():
@@ -117,8 +114,8 @@ def train(run: Run) -> None:
             rows = open_memmap(part, mode="w+", dtype=np.float16, shape=(count, height * width, 128))
             pictures = drawn([(seed0 + i, height, width) for i in range(count)], pool)
             for i in range(0, count, 8):
-                z = (encode(vae, np.stack(list(islice(pictures, 8)))) - mean) / std
-                rows[i : i + len(z)] = z.flatten(2).transpose(1, 2).half().cpu().numpy()
+                z = (encode(code, np.stack(list(islice(pictures, 8)))) - mean) / std
+                rows[i : i + len(z)] = z.flatten(2).transpose(1, 2).half().numpy()
                 if i % 800 == 0:
                     print(f"latents: {height}x{width} {i}/{count}", flush=True)
             rows.flush()

@@ -86,19 +86,21 @@ def reporter(
     sigmas: Sequence[float] | None = None,
     model: Flux2Transformer2DModel | None = None,
     linear: Linear | None = None,
+    grid: tuple[int, int] = (16, 16),
 ) -> Callable[[int], None]:
-    """A callback that writes ``<name>.png``: the prompts of :data:`PROMPTS` at 512² from the averaged weights."""
+    """A callback that writes ``<name>.png``: the prompts of :data:`PROMPTS` from the averaged weights, ``grid`` tokens each."""
     vae = load_autoencoder(run)
     text, empty = reader(list(PROMPTS)), reader([""])
-    noise = torch.randn(len(PROMPTS), 256, 128, generator=torch.Generator().manual_seed(1)).to(run.device)
+    noise = torch.randn(len(PROMPTS), grid[0] * grid[1], 128, generator=torch.Generator().manual_seed(1)).to(run.device)
     net = model if model is not None else trainer.model
     levels = sigmas or shifted(20, 4.0)
 
     def report(step: int) -> None:
         with averaged(trainer):
-            x = denoise(net, noise, text, levels, (16, 16), guidance, empty, linear)[-1]
-        rows = [np.concatenate(list(part), 1) for part in decode(vae, x, (16, 16)).reshape(2, 4, 512, 512, 3)]
-        Image.fromarray(np.concatenate(rows)).reduce(2).save(run.path(f"{name}.png"))
+            x = denoise(net, noise, text, levels, grid, guidance, empty, linear)[-1]
+        pictures = decode(vae, x, grid)
+        rows = [np.concatenate(list(part), 1) for part in (pictures[:4], pictures[4:])]
+        Image.fromarray(np.concatenate(rows)).reduce(grid[0] // 8).save(run.path(f"{name}.png"))
         print(f"{name}: step {step}: samples in {name}.png", flush=True)
 
     return report

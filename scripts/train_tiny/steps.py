@@ -1,4 +1,4 @@
-"""Stages 7 to 9: step distillation. ``trajectories`` records the guided transformer's own 16-step paths from noise to
+"""Stages 9 to 11: step distillation. ``trajectories`` records the guided transformer's own 16-step paths from noise to
 picture; ``turbo`` and ``flash`` train a LoRA each to cross 2 or 4 of those steps in one (progressive distillation,
 arXiv:2202.00512, with the path's chord as the velocity to learn).
 """
