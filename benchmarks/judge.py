@@ -1,0 +1,272 @@
+"""The judge of prompt adherence: a small classifier that reads a scene's attributes back from a picture.
+
+It is trained on the recipe's drawings alone and never sees a generated picture, so it is independent of what it judges; its
+score on drawings is the ceiling that generated pictures are held against. Words on signs are read by template matching.
+
+    python -m benchmarks.judge --minutes 5      # trains benchmarks/judge.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scripts.train_tiny.data import HELD_OUT_SEED
+from scripts.train_tiny.lettering import ADVANCE, draw_word, word_width
+from scripts.train_tiny.render import render
+from scripts.train_tiny.scenes import CLASSES, PLACES, TREES, Scene, random_scene
+from scripts.train_tiny.trainer import Run, Trainer, averaged
+
+WEIGHTS = Path(__file__).parent / "judge.safetensors"
+SIDE = 128
+"""Pictures are read at SIDE×SIDE pixels, whatever their shape."""
+
+WHOLE = {**{name: CLASSES[name] for name in ("time", "weather", "ground", "backdrop")}, "trees": TREES}
+"""Attributes of the whole picture."""
+
+SLOT = {name: ("none", *CLASSES[name]) for name in ("kind", "colour", "size")}
+"""Attributes of what stands at each of :data:`PLACES`, "none" where nothing does."""
+
+QUESTIONS = [(name, None) for name in WHOLE] + [(name, place) for place in PLACES for name in SLOT]
+SIZES = [len(WHOLE.get(name) or SLOT[name]) for name, _ in QUESTIONS]
+SEED = 20_000_000
+"""Drawings of the judge's training; apart from the recipe's and from the held-out ones."""
+
+
+def answers(scene: Scene) -> list[int]:
+    """The right class of every question."""
+    there = {thing.place: thing for thing in scene.things}
+    return [
+        WHOLE[name].index(getattr(scene, name))
+        if place is None
+        else SLOT[name].index(getattr(there[place], name) if place in there else "none")
+        for name, place in QUESTIONS
+    ]
+
+
+class Judge(nn.Module):
+    """Five strided convolutions and one linear layer over what is left of the picture, 8×8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 128, 128)
+        self.layers = nn.ModuleList()
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
+            self.layers.append(nn.Conv2d(a, b, 3, stride=1 if i == 3 else 2, padding=1, bias=False))
+            self.layers.append(nn.GroupNorm(8, b))
+        self.squeeze = nn.Conv2d(widths[-1], 32, 1)
+        self.head = nn.Linear(32 * 8 * 8, sum(SIZES))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[B, 3, SIDE, SIDE] in [-1, 1] -> logits of every question."""
+        for conv, norm in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = F.silu(norm(conv(x)))
+        out = self.head(F.silu(self.squeeze(x)).flatten(1))
+        return list(out.float().split(SIZES, -1))
+
+
+def to_input(pictures: Sequence[Image.Image]) -> Tensor:
+    small = [np.asarray(p.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)) for p in pictures]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the judge saw: a class for every attribute of the picture, and for every place's object."""
+
+    whole: dict[str, str]
+    kind: dict[str, str]
+    colour: dict[str, str]
+    size: dict[str, str]
+
+    def verdicts(self, scene: Scene) -> Iterator[tuple[str, bool]]:
+        """(attribute, right or wrong) for everything that ``scene`` asked for."""
+        for name in ("time", "weather", "ground", "backdrop", "trees"):
+            yield name, self.whole[name] == getattr(scene, name)
+        signs = () if scene.sign is None else (scene.sign.place,)
+        asked = {thing.place for thing in scene.things}
+        seen = {place for place in PLACES if self.kind[place] != "none"} - set(signs)
+        for thing in scene.things:
+            # An object counts wherever it is; its place is judged apart.
+            place = thing.place if thing.place in seen else next(iter(sorted(seen - asked)), thing.place)
+            yield "place", thing.place in seen
+            yield "object", self.kind[place] == thing.kind
+            yield "colour", self.colour[place] == thing.colour
+            yield "size", self.size[place] == thing.size
+
+
+def load(path: Path = WEIGHTS) -> Judge:
+    """The trained judge.
+
+    Raises:
+        FileNotFoundError: it has not been trained.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there. Train it with: python -m benchmarks.judge")
+    judge = Judge()
+    judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return judge.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read(judge: Judge, pictures: Sequence[Image.Image]) -> list[Reading]:
+    logits = judge(to_input(pictures))
+    readings = []
+    for i in range(len(pictures)):
+        found: dict[tuple[str, str | None], str] = {}
+        for question, rows in zip(QUESTIONS, logits, strict=True):
+            name, place = question
+            values = WHOLE.get(name) or SLOT[name]
+            # Where there is an object at all is the kind's question; colour and size are the likeliest real ones.
+            skip = 1 if place is not None and name != "kind" else 0
+            found[question] = values[int(rows[i, skip:].argmax()) + skip]
+        slots = {name: {place: found[name, place] for place in PLACES} for name in SLOT}
+        readings.append(Reading({name: found[name, None] for name in WHOLE}, **slots))
+    return readings
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+UNIT = 3.0
+"""Pixels per unit of the lettering grid at which signs are read; pictures are scaled to it."""
+
+
+def templates() -> Tensor:
+    """Every letter as darkness [26, 1, h, w] with zero mean and unit norm, a cell with a margin around it."""
+    w, h, scale = round(ADVANCE * UNIT), round(8 * UNIT), 4
+    out = []
+    for letter in LETTERS:
+        cell = Image.new("L", (w * scale, h * scale))
+        left = (w / UNIT - 4) / 2 * UNIT * scale
+        draw_word(ImageDraw.Draw(cell), letter, left, UNIT * scale, UNIT * scale, (255,))  # type: ignore[arg-type]
+        out.append(torch.from_numpy(np.asarray(cell.reduce(scale)).copy()).float())
+    cells = torch.stack(out)[:, None]
+    cells = cells - cells.mean((1, 2, 3), keepdim=True)
+    return cells / cells.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def read_sign(picture: Image.Image, length: int, place: str) -> str:
+    """The letters on the sign at ``place``: of all positions there, the one where ``length`` cells in a row look most like
+    letters, each cell read as its likeliest letter. That the sign has ``length`` letters is told, not read."""
+    width, height = picture.size
+    room = 0.30 * width if place == "center" else 0.34 * width
+    unit = min(min(width, height) * 0.0135, room / (word_width("A" * length) + 3))
+    scale = UNIT / unit
+    grey = picture.convert("L").resize((round(width * scale), round(height * scale)), Image.Resampling.BOX)
+    dark = 1 - torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
+    masks = templates()
+    match = F.conv2d(dark, masks)
+    ones = torch.ones_like(masks[:1])
+    count = ones.numel()
+    spread = F.conv2d(dark**2, ones) - F.conv2d(dark, ones) ** 2 / count
+    match = (match / (spread.clamp_min(0) + 0.01 * count).sqrt())[0]
+    best, letter = match.max(0)
+    step = round(ADVANCE * UNIT)
+    span = best.shape[1] - step * (length - 1)
+    if span <= 0:
+        return ""
+    total = torch.stack([best[:, i * step : i * step + span] for i in range(length)]).sum(0)
+    centre = torch.arange(span) + step * length / 2
+    third = PLACES.index(place) * grey.width / 3
+    total[:, (centre < third) | (centre >= third + grey.width / 3)] = -1e9
+    y, x = divmod(int(total.argmax()), span)
+    return "".join(LETTERS[int(letter[y, x + i * step])] for i in range(length))
+
+
+def draw(seed: int) -> tuple[np.ndarray, list[int]]:
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    width, height = rng.choice(((256, 256), (256, 256), (352, 264), (264, 352)))
+    picture = render(scene, width, height).resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(picture), answers(scene)
+
+
+def varied(x: Tensor) -> Tensor:
+    """Slight changes of focus, light and grain, so that the judge reads shapes and colours, not the renderer's pixels."""
+    soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    share = torch.rand(len(x), 1, 1, 1)
+    x = x + share * (soft - x)
+    x = x * (0.9 + 0.2 * torch.rand(len(x), 1, 1, 1)) + 0.1 * (torch.rand(len(x), 3, 1, 1) - 0.5)
+    return x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+
+
+def loss_of(judge: Judge, x: Tensor, right: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        logits = judge(x)
+    return torch.stack([F.cross_entropy(row, right[:, i]) for i, row in enumerate(logits)]).mean()
+
+
+def train(run: Run, pictures: int) -> None:
+    """Draw, train, and write :data:`WEIGHTS`."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = list(pool.map(draw, range(SEED, SEED + pictures), chunksize=64))
+    pixels = torch.from_numpy(np.stack([p for p, _ in drawn])).permute(0, 3, 1, 2)
+    right = torch.tensor([a for _, a in drawn])
+    judge = Judge().to(memory_format=torch.channels_last)
+    trainer = Trainer(run, "judge", judge, lr=2e-3, muon=5e-3, ema=0.998)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            chosen = torch.randint(len(pixels), (64,))
+            x = varied(pixels[chosen].float() / 127.5 - 1)
+            yield x.contiguous(memory_format=torch.channels_last), right[chosen]
+
+    trainer.fit(batches(), lambda x, y: loss_of(judge, x, y))
+    with averaged(trainer):
+        save_file({k: v.bfloat16().contiguous() for k, v in judge.state_dict().items()}, WEIGHTS)
+    print(ceiling(load(), 400))
+
+
+def held_out_scenes(count: int) -> list[Scene]:
+    """Scenes that neither the judge nor the model has seen, each with at least one object or a sign."""
+    scenes, seed = [], HELD_OUT_SEED + 500_000
+    while len(scenes) < count:
+        scene = random_scene(random.Random(seed))
+        seed += 1
+        if scene.things or scene.sign:
+            scenes.append(scene)
+    return scenes
+
+
+def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Share of right readings per attribute, in percent; "sign" counts whole words of up to five letters."""
+    tally: dict[str, list[bool]] = {}
+    for scene, picture, reading in zip(scenes, pictures, read(judge, pictures), strict=True):
+        for name, right in reading.verdicts(scene):
+            tally.setdefault(name, []).append(right)
+        if scene.sign is not None and len(scene.sign.word) <= 5:
+            said = read_sign(picture, len(scene.sign.word), scene.sign.place)
+            tally.setdefault("sign", []).append(said == scene.sign.word)
+            tally.setdefault("letters", []).extend(a == b for a, b in zip(said, scene.sign.word, strict=False))
+    return {name: 100 * sum(rights) / len(rights) for name, rights in tally.items()}
+
+
+def ceiling(judge: Judge, count: int, width: int = 512, height: int = 512) -> dict[str, float]:
+    """The judge's score on drawings of held-out scenes."""
+    scenes = held_out_scenes(count)
+    return score(judge, scenes, [render(s, width, height) for s in scenes])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--pictures", type=int, default=24_000)
+    parser.add_argument("--work", type=Path, default=Path("build/judge"))
+    args = parser.parse_args()
+    train(Run(args.work, args.minutes), args.pictures)
+
+
+if __name__ == "__main__":
+    main()
