@@ -1,6 +1,6 @@
 """Step-cache thresholds for a model: how fast and how faithful each policy is, against computing every step.
 
-    python scripts/calibrate_cache.py --model tiny --pictures 8
+    python -m scripts.calibrate_cache --model tiny --pictures 8
 
 Prints a row per policy: steps computed, seconds of denoising as a ratio to none skipped, PSNR of the pictures against none
 skipped (mean and worst). The row to put into ``configs/tiers.toml`` is the fastest whose mean PSNR is above ``--bound``.
@@ -15,37 +15,23 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks.metrics import psnr
+from benchmarks.quality import SHEET
 from flux2_local import Flux2, Request
 from flux2_local.pipeline import Run
 from flux2_local.presets import CachePolicy
 from flux2_local.progress import Reporter
 
-PROMPTS = (
-    "a lighthouse at dusk",
-    "a red ball on the left and a blue box on the right on a green meadow by day",
-    "a large yellow star in the desert at night",
-    'a wooden sign that says "HELLO" on a snowy field at dawn',
-    "a small white boat on the sea with mountains in the background at sunset",
-    "a purple house with pine trees in the rain",
-    "a pink hot air balloon above a city skyline",
-    "a green mushroom on a sandy beach",
-)
 THRESHOLDS = (0.04, 0.07, 0.1, 0.15, 0.25, float("inf"))
 LIMITS = (1, 2, 3, 5)
 WARMUPS = (3, 5)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 pictures, dB; 99 where they are equal."""
-    mse = float(np.square(a.astype(np.float64) - b).mean())
-    return 99.0 if mse == 0 else 10 * np.log10(255**2 / mse)
 
 
 def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> tuple[list[np.ndarray], float]:
     """Pictures of the first ``count`` prompts, and the median seconds of denoising one."""
     pictures, seconds = [], []
     for seed in range(count):
-        request = Request(prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, enable_safety_checker=False)
+        request = Request(prompt=SHEET[seed % len(SHEET)], seed=seed, image_size=size, enable_safety_checker=False)
         result = Run(flux, replace(flux.plan, cache=policy), request, Reporter(None, None)).result()
         pictures.append(np.asarray(result.images[0].image))
         seconds.append(result.timings.denoise)

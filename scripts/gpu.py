@@ -18,12 +18,10 @@ import csv
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 
 @dataclass(frozen=True)
@@ -213,34 +211,21 @@ def aims(rows: Sequence[Row]) -> dict[str, Any]:
     return {"reached": reached, "missed": missed}
 
 
-def said(*command: str) -> str:
-    """The first line that a command prints; empty if there is no such command."""
-    if shutil.which(command[0]) is None:
-        return ""
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip().partition("\n")[0]
-
-
-def environment(run: Run) -> Iterator[tuple[str, Any]]:
-    """What a reader needs to repeat or to doubt the figures."""
+def card_record(run: Run) -> Iterator[tuple[str, Any]]:
+    """The card, its driver and its clocks."""
     import torch
-    import triton
 
-    yield "date", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    from benchmarks.environment import said
+
     yield "device", card(run)
     yield "sm", run.place.sm
+    yield "cuda", torch.version.cuda
     if not run.dry:
         properties = torch.cuda.get_device_properties(run.device)
         yield "memory_gb", round(properties.total_memory / 1e9, 1)
         yield "processors", properties.multi_processor_count
         query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu"
         yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-    yield "torch", torch.__version__
-    yield "triton", triton.__version__
-    yield "cuda", torch.version.cuda
-    yield "python", platform.python_version()
-    yield "system", platform.platform()
-    yield "commit", said("git", "rev-parse", "HEAD")
-    yield "changed", bool(said("git", "status", "--porcelain", "--untracked-files=no"))
 
 
 def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
@@ -259,12 +244,14 @@ def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
 
 
 def main() -> int:
+    from benchmarks.environment import software
+
     run = prepare(parse())
     checks = check(run)
     failed = [one for one in checks if not one.passed]
     if run.check_only:
         return bool(failed)
-    record: dict[str, Any] = dict(environment(run))
+    record: dict[str, Any] = dict(software()) | dict(card_record(run))
     record |= {"checks": len(checks), "failed": [f"{c.op} {c.case} {c.form} {c.implementation}" for c in failed]}
     record["sanitizer"] = sanitize(run)
     if run.tune:

@@ -223,10 +223,10 @@ def subjects(scene: Scene, rng: random.Random, full: bool) -> str:
     return rng.choice((" and ", " and ", " next to ", ", ")).join(parts) if parts else ""
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One prompt that a user might have typed for ``scene``; some attributes are left unsaid."""
-    keep = rng.choice((0.35, 0.75, 0.95))
-    what = subjects(scene, rng, full=False)
+def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
+    """One prompt that a user might have typed for ``scene``; unless ``full``, some attributes are left unsaid."""
+    keep = 1.3 if full else rng.choice((0.35, 0.75, 0.95))
+    what = subjects(scene, rng, full=full)
     ground = rng.choice(GROUND[scene.ground]) if rng.random() < keep + 0.1 else ""
     if not what:
         what = rng.choice(("a landscape", "a scene", "an empty landscape", "a view"))

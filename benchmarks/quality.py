@@ -1,0 +1,213 @@
+"""How good the bundled model is, and what each variant and tier costs it.
+
+    python -m benchmarks.quality                     # 200 prompts, every variant and tier: an hour on two CPU cores
+    python -m benchmarks.quality --prompts 24        # a first look
+    python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
+
+Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
+judge reads them, beside the judge's score on the drawings themselves (the ceiling); and PSNR and SSIM of each tier against
+``none`` on the same prompts and seeds. Writes a JSON file with the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from flux2_local import Flux2, load
+from flux2_local.costs import Work
+from flux2_local.pipeline import choose, find_hardware, make_settings
+from scripts.train_tiny.captions import caption, rich
+from scripts.train_tiny.data import HELD_OUT_SEED
+from scripts.train_tiny.render import render
+from scripts.train_tiny.scenes import Scene, random_scene
+
+from . import environment, judge
+from .metrics import psnr, ssim
+
+RESULTS = Path(__file__).parent / "results"
+SHEET = (
+    "a lighthouse at dusk",
+    "a red ball on the left and a blue box on the right on a green meadow by day",
+    "a large yellow star in the desert at night",
+    "a small white boat on the sea with mountains in the background at sunset",
+    "a purple house with pine trees in the snow",
+    "a pink hot air balloon above a city skyline at dawn",
+    "a large green mushroom on the left in a meadow in the rain",
+    'a wooden sign that says "HELLO" on a sandy beach',
+)
+"""Prompts of the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of generating."""
+
+    variant: str
+    acceleration: str
+
+    def __str__(self) -> str:
+        return self.variant if self.variant != "standard" else f"standard, {self.acceleration}"
+
+
+CONTENDERS = (
+    Contender("standard", "none"),
+    Contender("standard", "regular"),
+    Contender("standard", "high"),
+    Contender("turbo", "regular"),
+    Contender("flash", "regular"),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a contender reached: seconds per picture (median, loading not included), adherence in percent per attribute, and
+    how close its pictures are to those of the first contender."""
+
+    name: str
+    seconds: float
+    adherence: dict[str, float]
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def prompts(scenes: Sequence[Scene]) -> list[str]:
+    """One prompt per scene that names everything the judge asks about, half of them in the plain wording."""
+    words = []
+    for i, scene in enumerate(scenes):
+        rng = random.Random(i)
+        words.append(rich(scene, rng) if i % 2 else caption(scene, rng, full=True))
+    return words
+
+
+def generate(
+    contender: Contender, words: Sequence[str], size: tuple[int, int], seeds: Sequence[int], model: str
+) -> Iterator[tuple[Image.Image, float]]:
+    flux = Flux2.load(model, contender.variant, acceleration=contender.acceleration)  # type: ignore[arg-type]
+    width, height = size
+    for prompt, seed in zip(words, seeds, strict=True):
+        start = time.perf_counter()
+        result = flux.generate(
+            prompt, seed=seed, image_size={"width": width, "height": height}, enable_safety_checker=False
+        )
+        yield result.images[0].image, time.perf_counter() - start
+
+
+def autoencoder_psnr(count: int, model: str) -> float:
+    """Mean PSNR in dB of ``count`` held-out drawings of 512² after encoding and decoding, as uint8."""
+    checkpoint, _ = choose(
+        model, make_settings("standard", "none", None, None, None), find_hardware("cpu"), Work(), None
+    )
+    vae = load.build_vae(checkpoint, torch.float32)
+    total = []
+    for i in range(count):
+        picture = np.asarray(render(random_scene(random.Random(HELD_OUT_SEED + i), signs=0.4), 512, 512))
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.inference_mode():
+            y = vae.decode(vae.encode(x), 0)[0]
+        decoded = ((y.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        total.append(psnr(picture, decoded))
+    return statistics.mean(total)
+
+
+def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], model: str) -> Iterator[Score]:
+    reader = judge.load()
+    scenes = judge.held_out_scenes(count)
+    words = prompts(scenes)
+    yield Score("drawings (the ceiling)", 0.0, judge.score(reader, scenes, [render(s, *size) for s in scenes]))
+    first: list[np.ndarray] | None = None
+    for contender in contenders:
+        made = list(generate(contender, words, size, range(count), model))
+        pictures = [picture for picture, _ in made]
+        arrays = [np.asarray(p) for p in pictures]
+        near = far = None
+        if first is None:
+            first = arrays
+        elif contender.variant == contenders[0].variant:
+            near = statistics.mean(psnr(a, b) for a, b in zip(first, arrays, strict=True))
+            far = statistics.mean(ssim(a, b) for a, b in zip(first, arrays, strict=True))
+        seconds = statistics.median(s for _, s in made)
+        yield Score(str(contender), seconds, judge.score(reader, scenes, pictures), near, far)
+
+
+def table(scores: Sequence[Score]) -> str:
+    """The scores as a Markdown table."""
+    names = list(scores[0].adherence)
+    lines = ["| | seconds | PSNR | SSIM | " + " | ".join(names) + " |", "|---" * (len(names) + 4) + "|"]
+    for score in scores:
+        cells = [
+            f"{score.seconds:.2f}" if score.seconds else "",
+            f"{score.psnr:.1f}" if score.psnr is not None else "",
+            f"{score.ssim:.4f}" if score.ssim is not None else "",
+            *(f"{score.adherence.get(name, float('nan')):.0f}" for name in names),
+        ]
+        lines.append(f"| {score.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sheet(path: Path, model: str, side: int = 256) -> None:
+    """Variants × prompts on one picture, with the prompts above."""
+    rows = [Contender(v, "regular") for v in ("standard", "turbo", "flash")]
+    head = 34
+    page = Image.new("RGB", (side * len(SHEET), head + side * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, prompt in enumerate(SHEET):
+        half = prompt.rfind(" ", 0, len(prompt) // 2 + 4)
+        draw.text((column * side + 4, 4), prompt[:half] + "\n" + prompt[half + 1 :], "black")
+    for row, contender in enumerate(rows):
+        made = generate(contender, SHEET, (512, 512), [7] * len(SHEET), model)
+        for column, (picture, _) in enumerate(made):
+            page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, head + row * side))
+        draw.text((4, head + row * side + 4), contender.variant, "white", stroke_width=1, stroke_fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, quality=88)
+    print(f"written: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts per contender (default 200)")
+    parser.add_argument("--only", nargs="+", help='contenders by name, such as "standard, none" or flash')
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--model", default="tiny", help="a name or a folder (default tiny)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/quality-DATE.json)")
+    parser.add_argument("--sheet", type=Path, help="write the contact sheet here, and measure nothing")
+    args = parser.parse_args()
+    if args.sheet:
+        sheet(args.sheet, args.model)
+        return
+    chosen = [c for c in CONTENDERS if not args.only or str(c) in args.only]
+    if not chosen:
+        parser.error(f"--only takes some of: {'; '.join(map(str, CONTENDERS))}")
+    record = dict(environment.software()) | {
+        "device": environment.processor(),
+        "prompts": args.prompts,
+        "size": args.size,
+    }
+    record["autoencoder_psnr"] = autoencoder_psnr(16, args.model)
+    print(f"autoencoder: {record['autoencoder_psnr']:.2f} dB on 16 held-out drawings", flush=True)
+    scores = []
+    for score in measure(chosen, args.prompts, tuple(args.size), args.model):
+        scores.append(score)
+        print(table(scores).splitlines()[-1], flush=True)
+    record["scores"] = [asdict(score) for score in scores]
+    path = args.out or RESULTS / f"quality-{record['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    print(f"\n{table(scores)}\n\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
