@@ -1,0 +1,192 @@
+"""The bundled model's recipe: what its figures rest on."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from PIL import Image
+
+from benchmarks import judge
+from benchmarks.metrics import SAME, psnr, ssim
+from scripts.train_tiny import autoencoder, network
+from scripts.train_tiny.captions import caption, rich
+from scripts.train_tiny.language import QUESTIONS, Teller
+from scripts.train_tiny.language import answers as told
+from scripts.train_tiny.render import render
+from scripts.train_tiny.scenes import HELD_OUT_WORDS, PLACES, random_scene
+from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
+
+
+def scenes(count, first=0):
+    return [random_scene(random.Random(first + i)) for i in range(count)]
+
+
+def drawings(count, side=256):
+    return autoencoder.to_tensor(np.stack([np.asarray(render(s, side, side)) for s in scenes(count)]))
+
+
+def test_a_scene_is_drawn_alike_every_time_and_at_every_size():
+    scene = scenes(1)[0]
+    small, again, large = render(scene, 128, 128), render(scene, 128, 128), render(scene, 256, 256)
+    assert small.tobytes() == again.tobytes()
+    assert psnr(np.asarray(small), np.asarray(large.reduce(2))) > 25
+
+
+def test_captions_name_what_is_there():
+    for i, scene in enumerate(scenes(200)):
+        for words in (caption(scene, random.Random(i), full=True), rich(scene, random.Random(i))):
+            assert words.count("sign") + words.count("board") >= (scene.sign is not None)
+            assert scene.sign is None or scene.sign.word in words.upper()
+
+
+def test_held_out_words_are_never_drawn():
+    words = {s.sign.word for s in scenes(3000) if s.sign}
+    assert not words & set(HELD_OUT_WORDS)
+
+
+def test_the_encoder_computes_principal_components():
+    torch.manual_seed(0)
+    vae = autoencoder.build()
+    x = drawings(40)
+    autoencoder.set_encoder(vae, x)
+    code = autoencoder.Code(vae, x)
+    fresh = autoencoder.to_tensor(np.stack([np.asarray(render(s, 256, 256)) for s in scenes(4, first=900)]))
+    with torch.no_grad():
+        latents = vae.encode(fresh).latent_dist
+    assert torch.allclose(code(fresh), latents.mean, atol=0.02)
+    assert torch.allclose(latents.std, torch.tensor(autoencoder.NOISE), rtol=1e-3)
+    assert 0.7 < float(code(x).std()) < 1.4
+    # No other linear code of as many numbers keeps more; a flat one keeps little more than this one, found level by level.
+    blocks = F.pixel_unshuffle(x, autoencoder.BLOCK).permute(0, 2, 3, 1).flatten(0, 2).double()
+    blocks = blocks - blocks.mean(0)
+    z = code(x).permute(0, 2, 3, 1).flatten(0, 2).double()
+    z = z - z.mean(0)
+    lost = (blocks - z @ torch.linalg.lstsq(z, blocks).solution).square().sum()
+    best = torch.linalg.eigvalsh(blocks.T @ blocks)[:-32].sum()
+    assert best <= lost < 1.5 * best
+
+
+def test_the_encoder_must_be_linear_to_be_one_convolution():
+    vae, x = autoencoder.build(), drawings(8)
+    autoencoder.set_encoder(vae, x)
+    torch.nn.init.normal_(vae.encoder.down_blocks[0].resnets[0].conv2.weight)
+    with pytest.raises(ValueError, match="not linear"):
+        autoencoder.Code(vae, x)
+
+
+def test_the_decoder_starts_with_every_blocks_colour():
+    torch.manual_seed(0)
+    vae = autoencoder.build()
+    x = drawings(16)
+    autoencoder.set_encoder(vae, x)
+    autoencoder.set_decoder(vae, x)
+    with torch.no_grad():
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample
+    for channel in range(3):
+        a, b = (F.avg_pool2d(p[:, channel], 32).flatten() for p in (x, y))
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.8
+
+
+@torch.no_grad()
+def test_the_lean_forward_is_diffusers_forward():
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(**network.CONFIG).eval()
+    latents, text = torch.randn(2, 6, 128), torch.randn(2, network.TEXT_TOKENS, 384)
+    sigma, guidance = torch.tensor([0.3, 0.8]), torch.tensor([1.0, 4.0])
+    rows = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0), torch.zeros(1))
+    words = torch.cartesian_prod(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.arange(float(len(text[0]))))
+    want = model(latents, text, sigma, rows, words, guidance, return_dict=False)[0]
+    got = network.velocity(model, latents, text, sigma, guidance, network.rotary(2, 3, network.TEXT_TOKENS, "cpu"))
+    assert torch.allclose(got, want, atol=2e-4, rtol=1e-3)
+
+
+def test_orthogonal_steps_keep_the_singular_vectors():
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 40)
+    values = torch.linalg.svdvals(orthogonal(x))
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.4
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert F.cosine_similarity(orthogonal(x).flatten(1), (u @ v).flatten(1)).min() > 0.97
+
+
+def test_muon_fits_a_linear_map_and_treats_convolutions_as_matrices():
+    torch.manual_seed(0)
+    want, conv = torch.randn(16, 8, 3, 3), torch.nn.Conv2d(8, 16, 3, bias=False)
+    optimizer = Muon(conv.parameters(), lr=0.05)
+    first = float((conv.weight - want).square().mean())
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        x = torch.randn(16, 8, 5, 5)
+        F.mse_loss(conv(x), F.conv2d(x, want)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float((conv.weight.detach() - want).square().mean()) < 0.05 * first
+
+
+def test_training_goes_on_from_its_checkpoint(tmp_path):
+    run = Run(tmp_path, minutes=0.002, compile=False)
+
+    def trainer():
+        torch.manual_seed(0)
+        return Trainer(
+            run, "net", torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4)), 1e-3, muon=1e-3
+        )
+
+    def batches():
+        while True:
+            yield (torch.ones(2, 32),)
+
+    first = trainer()
+    first.fit(batches(), lambda x: first.model(x).square().mean())
+    second = trainer()
+    assert second.step == first.step > 0
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for one, other in zip(first.optimizers, second.optimizers, strict=True):
+        for p, q in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+            assert torch.equal(one.state[p]["exp_avg"], other.state[q]["exp_avg"])
+    fresh = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4))
+    load_ema(first.path, fresh)
+    assert torch.equal(fresh[0].weight, first.average["0.weight"])
+
+
+def test_the_teller_answers_every_question():
+    for scene in scenes(200):
+        assert all(0 <= a < n for a, n in zip(told(scene), QUESTIONS, strict=True))
+    logits = Teller(384)(torch.randn(2, 80, 384))
+    assert logits.shape == (2, len(QUESTIONS), max(QUESTIONS))
+    assert (logits.argmax(-1) < torch.tensor(QUESTIONS)).all()
+
+
+def test_signs_are_read_from_drawings():
+    asked = [s for s in judge.held_out_scenes(60) if s.sign and len(s.sign.word) <= 5]
+    read = [judge.read_sign(render(s, 512, 512), len(s.sign.word), s.sign.place) for s in asked]
+    assert len(asked) > 10
+    assert sum(a == s.sign.word for a, s in zip(read, asked, strict=True)) >= 0.9 * len(asked)
+
+
+def test_a_sign_is_not_read_where_there_is_none():
+    blank = Image.new("RGB", (512, 512), (120, 180, 240))
+    words = {judge.read_sign(blank, 4, place) for place in PLACES}
+    assert not words & set(HELD_OUT_WORDS)
+
+
+def test_the_judge_reads_drawings():
+    score = judge.ceiling(judge.load(), 60)
+    for name in ("time", "ground", "place", "object", "colour"):
+        assert score[name] >= 85, (name, score)
+
+
+def test_metrics():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    assert psnr(a, a) == SAME
+    assert ssim(a, a) == pytest.approx(1)
+    b = np.clip(a.astype(int) + 10, 0, 255).astype(np.uint8)
+    assert psnr(a, b) == pytest.approx(20 * np.log10(255 / 10), abs=0.3)
+    assert ssim(a, a[::-1]) < 0.5
