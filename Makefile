@@ -1,6 +1,7 @@
 # make demo [PROMPT="…"]   a picture from the bundled model
 # make test                the tests
 # make check               formatting, lint, types
+# make bench               speed against diffusers on this machine, with the quality it costs
 # make gpu                 checks and measures the kernels on this machine's NVIDIA card
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,6 +37,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.speed
 
 gpu: $(VENV)/.test
 	$(BIN)/python scripts/gpu.py
