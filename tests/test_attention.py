@@ -64,7 +64,9 @@ def test_backends_of_the_cpu_compute_attention(name, shape, dtype):
 
 def test_these_are_all_that_run_on_a_cpu():
     assert usable(problem(kind="cpu", dtype="float32")) == set(ON_CPU)
-    assert all("cuda device" in BACKENDS[n].reason_against(problem(kind="cpu"), tiers()["high"]) for n in ("sage", "flex"))
+    assert all(
+        "cuda device" in BACKENDS[n].reason_against(problem(kind="cpu"), tiers()["high"]) for n in ("sage", "flex")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -215,7 +217,9 @@ def test_what_is_loaded_is_what_the_plan_says(dev_folder):
     assert "attention: sdpa-math — asked for" in explain(flux.plan)
     assert flux.generate("a boat", image_size="square", num_inference_steps=4, enable_safety_checker=False).images
     assert built(flux.plan) != built(replace(flux.plan, attention="sdpa")) != built(replace(flux.plan, ops="triton"))
-    assert load.operations(replace(flux.plan, attention="sdpa"), flux._components.transformer.config, "cpu") == REFERENCE
+    assert (
+        load.operations(replace(flux.plan, attention="sdpa"), flux._components.transformer.config, "cpu") == REFERENCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,9 @@ def test_an_old_card_keeps_plain_torch():
 def test_plans_record_every_backend_that_lost(device):
     plan = make_plan(need(), from_preset(device, 2**36))
     choice = next(c for c in plan.choices if c.what == "attention")
-    assert choice.value == plan.attention == "sdpa" and {name for name, _ in choice.rejected} == set(BACKENDS) - {"sdpa"}
+    assert choice.value == plan.attention == "sdpa" and {name for name, _ in choice.rejected} == set(BACKENDS) - {
+        "sdpa"
+    }
     assert all(why for _, why in choice.rejected)
 
 
