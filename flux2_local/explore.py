@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import load, safety, store
+from . import attention, load, safety, store
 from .costs import Architecture, Work
 from .errors import BudgetError, Flux2Error, PlanError, WeightsMissingError
 from .hardware import Hardware, cpu_flags, package, probe
@@ -28,9 +28,6 @@ BACKENDS = (  # distribution, the device that it needs, what it is for
     ("triton", "cuda", "fused kernels"),
     ("torchao", "", "quantization"),
     ("optimum-quanto", "", "quantization"),
-    ("xformers", "cuda", "attention"),
-    ("sageattention", "cuda", "attention"),
-    ("flash-attn", "cuda", "attention"),
     ("nudenet", "", "safety check without a download"),
 )
 
@@ -72,7 +69,7 @@ def plan_for(
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
     need = Need(name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps))
-    return make_plan(need, hardware, settings.vram, settings.dtype)
+    return make_plan(need, hardware, settings.vram, settings.dtype, settings.attention)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,6 @@ def fit(preset: ModelPreset, hardware: Hardware) -> str:
 
 def diagnosis() -> dict[str, dict[str, str]]:
     """Hardware, versions and backends, each with its state: what ``flux2-local doctor`` prints."""
-    import torch
 
     try:
         hardware: Hardware | None = probe()
@@ -146,7 +142,7 @@ def diagnosis() -> dict[str, dict[str, str]]:
         return {"hardware": {"problem": str(error)}}
     assert hardware is not None
     versions = {name: package(name).version or "not installed" for name in ("flux2-local", *PACKAGES)}
-    backends = {"sdpa": f"usable: part of torch {torch.__version__}"}
+    backends = attention_rows(hardware)
     for name, need, purpose in BACKENDS:
         found = package(name, on=hardware.kind, need=need)
         state = f"usable, {found.version}" if found.usable else f"not usable: {found.problem}"
@@ -158,6 +154,13 @@ def diagnosis() -> dict[str, dict[str, str]]:
         "safety check": {"classifier": safety.available() or "none; see `flux2-local download`"},
         "models": {"hub cache": str(hub_cache()), "offline": os.environ.get("HF_HUB_OFFLINE", "0")},
     }
+
+
+def attention_rows(hardware: Hardware) -> dict[str, str]:
+    """Each attention backend with whether the high tier could use it here for FLUX.2's heads, or why not."""
+    problem = attention.problem_on(hardware, hardware.fast_dtypes[0], 4608, 24, 128)
+    against = {name: b.reason_against(problem, tiers()["high"]) for name, b in attention.BACKENDS.items()}
+    return {name: f"{f'not usable: {why}' if why else 'usable'} (attention)" for name, why in against.items()}
 
 
 def hardware_rows(hardware: Hardware) -> dict[str, str]:

@@ -53,6 +53,11 @@ class Hardware:
     link_rate: float
     measured: bool
 
+    @property
+    def described(self) -> bool:
+        """Whether this is a preset's description of a machine that is not at hand."""
+        return self.device.split(":")[0] != self.kind
+
 
 def probe(device: str | None = None) -> Hardware:
     """Look at the machine; nothing is timed.

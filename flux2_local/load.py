@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import attention, weights
 from . import lora as loras
-from . import weights
 from .costs import Architecture
 from .hardware import Hardware, torch_device
+from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.language import LanguageConfig, LanguageModel
-from .model.ops import REFERENCE
+from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import PLACEMENTS, Hold
 from .text.encode import PromptStyle
@@ -75,11 +76,12 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         adapters: LoRAs merged into the transformer, in order.
 
     Raises:
+        BackendUnavailableError: the plan's attention backend does not import.
         WeightsDamagedError: a file is unreadable or does not fit.
     """
     arch, device = architecture(checkpoint), torch_device(hardware)
     with torch.device("meta"):
-        transformer = Flux2Transformer(arch.transformer, REFERENCE)
+        transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
     fill_transformer(transformer, checkpoint, DTYPES[plan.transformer.format])
     for adapter in adapters:
@@ -101,6 +103,12 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     return Components(
         transformer, text_encoder, vae, ChatTokenizer(folder / "tokenizer"), prompt_style(checkpoint), device, *holds
     )
+
+
+def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> Ops:
+    """What runs between the transformer's matmuls, as the plan says."""
+    own = REFERENCE if plan.ops == "reference" else kernels.fused(device, DTYPES[plan.dtype], config)
+    return replace(own, attend=attention.load(plan.attention))
 
 
 def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:

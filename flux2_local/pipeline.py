@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, safety, store
+from .attention import AUTO, NAMES
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
@@ -43,6 +44,7 @@ class Settings:
         vram: bytes of device memory that may be used, or None.
         dtype: compute type insisted on, or None.
         adapters: the user's LoRAs.
+        attention: "auto", or the attention backend insisted on.
     """
 
     variant: Variant
@@ -50,6 +52,7 @@ class Settings:
     vram: int | None
     dtype: str | None
     adapters: tuple[lora.Lora, ...]
+    attention: str = AUTO
 
 
 class Flux2:
@@ -87,6 +90,7 @@ class Flux2:
         dtype: str | None = None,
         lora: LoraSource | list[LoraSource] | None = None,
         base: str | Path | None = None,
+        attention: str = AUTO,
     ) -> Flux2:
         """Find a model, plan for this machine and load it. Nothing is downloaded.
 
@@ -100,13 +104,14 @@ class Flux2:
             dtype: "float32", "bfloat16" or "float16", to insist on a compute type.
             lora: LoRA files to merge in: a path or "owner/name:file", or (that, strength), or a list of them.
             base: for a single file, the model whose text encoder and autoencoder go with it.
+            attention: a backend of :mod:`flux2_local.attention` to insist on; "auto" takes the fastest that the tier permits.
 
         Raises:
             RequestError: an argument that is none of its allowed values.
             ModelError: the model is unknown, missing or damaged.
-            PlanError: the device is not there, or the model does not fit.
+            PlanError: the device is not there, the attention backend cannot be used, or the model does not fit.
         """
-        settings = make_settings(variant, acceleration, vram, dtype, lora)
+        settings = make_settings(variant, acceleration, vram, dtype, lora, attention)
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(
@@ -162,7 +167,7 @@ class Flux2:
             BudgetError: it does not fit.
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
-        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype)
+        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype, self.settings.attention)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
@@ -191,7 +196,7 @@ class Flux2:
         need = self._need(request, request.acceleration or self.settings.acceleration)
         smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
         try:
-            peak = make_plan(need, self.hardware, None, self.settings.dtype).peak_bytes
+            peak = make_plan(need, self.hardware, None, self.settings.dtype, self.settings.attention).peak_bytes
             wanted = f"about {peak / 2**30:.1f} GiB were expected to be enough"
         except BudgetError as error:
             wanted = str(error)
@@ -207,6 +212,7 @@ def make_settings(
     vram: str | int | None,
     dtype: str | None,
     adapters: LoraSource | list[LoraSource] | None,
+    attention: str = AUTO,
 ) -> Settings:
     """Check the arguments of :meth:`Flux2.load`.
 
@@ -217,6 +223,7 @@ def make_settings(
         ("variant", variant, VARIANTS),
         ("acceleration", acceleration, ACCELERATIONS),
         ("dtype", dtype, (None, *load.DTYPES)),
+        ("attention", attention, NAMES),
     ):
         if value not in allowed:
             words = ", ".join(str(a) for a in allowed if a is not None)
@@ -228,7 +235,7 @@ def make_settings(
     given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
     found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found)  # type: ignore[arg-type]
+    return Settings(variant, acceleration, budget, dtype, found, attention)  # type: ignore[arg-type]
 
 
 def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
@@ -259,7 +266,7 @@ def choose(
             replace(work, steps=recipe.steps),
         )
         try:
-            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype)
+            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype, settings.attention)
         except BudgetError as error:
             refused = error
     assert refused is not None, "the bundled model is always a candidate"
@@ -283,7 +290,8 @@ def model_notes(checkpoint: Checkpoint, variant: Variant) -> tuple[str, ...]:
 def forms(plan: Plan) -> tuple[str, ...]:
     """What :func:`built` compares, in words that a user reads."""
     layout = "channels-last convolutions" if plan.channels_last else "convolutions as stored"
-    return plan.transformer.format, f"{plan.transformer.placement} weights", layout
+    held = plan.transformer.format, f"{plan.transformer.placement} weights", layout
+    return *held, f"{plan.attention} attention", f"{plan.ops} operations"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

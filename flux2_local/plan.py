@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from flux2_kernels import Place, place_of
+
+from . import attention as attentions
 from . import costs
 from .costs import Architecture, Work
 from .errors import BudgetError
 from .hardware import Hardware
+from .model import kernels
 from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
 
@@ -111,7 +115,13 @@ class Need:
     work: Work
 
 
-def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: str | None = None) -> Plan:
+def make_plan(
+    need: Need,
+    hardware: Hardware,
+    budget: int | None = None,
+    dtype: str | None = None,
+    attention: str = attentions.AUTO,
+) -> Plan:
     """Choose how to run.
 
     Args:
@@ -119,11 +129,15 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
         hardware: what there is.
         budget: bytes of device memory that must not be exceeded; what is free where None.
         dtype: compute type, where the caller insists on one.
+        attention: "auto", or the attention backend that the caller insists on.
 
     Raises:
+        BackendUnavailableError: that backend cannot be used.
         BudgetError: nothing fits; it carries the smallest budget that would.
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
+    attention_choice = choose_attention(need, hardware, dtype, attention)
+    ops_choice = choose_ops(need, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     tiles = (0,) if need.tier.exact else (0, TILE)
     candidates = [Candidate(need, dtype, placement, tile) for placement in placements(hardware) for tile in tiles]
@@ -154,8 +168,8 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
         transformer=held,
         text_encoder=held,
         vae=held,
-        attention="sdpa",
-        ops="reference",
+        attention=attention_choice.value,
+        ops=ops_choice.value,
         compile="off",
         cache=cache,
         batch=1,
@@ -169,7 +183,8 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
         choices=(
             kind_choice,
             Choice("placement", winner.name, winner.reason, rejected),
-            Choice("attention", "sdpa", "torch's own scaled dot product attention picks its fastest kernel"),
+            attention_choice,
+            ops_choice,
             layout_choice(need.tier),
             cache_choice,
         ),
@@ -177,8 +192,42 @@ def make_plan(need: Need, hardware: Hardware, budget: int | None = None, dtype: 
 
 
 def built(plan: Plan) -> tuple[Any, ...]:
-    """The part of a plan that loading turns into weights."""
-    return plan.device, plan.dtype, plan.transformer, plan.text_encoder, plan.vae, plan.channels_last
+    """The part of a plan that loading turns into weights and functions."""
+    networks = plan.transformer, plan.text_encoder, plan.vae
+    return plan.device, plan.dtype, *networks, plan.channels_last, plan.attention, plan.ops
+
+
+def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
+    """The attention backend, one for every size that is asked for, chosen at a square megapixel.
+
+    Raises:
+        BackendUnavailableError: the one asked for cannot be used.
+    """
+    arch = need.arch
+    shape = arch.tokens(1024, 1024) + arch.text_tokens, arch.transformer.num_attention_heads
+    problem = attentions.problem_on(hardware, dtype, *shape, arch.transformer.attention_head_dim)
+    picked = attentions.pick(asked, problem, need.tier)
+    return Choice("attention", picked.name, picked.reason, picked.rejected)
+
+
+def choose_ops(need: Need, hardware: Hardware, dtype: str) -> Choice:
+    """What computes between the matmuls: Triton kernels where they run and rounding may differ."""
+    here = place_of("cpu")
+    place = Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
+    against = kernels.reason_against(place, dtype, need.arch.transformer)
+    if need.tier.exact:
+        lost = against or "it rounds once where the reference rounds after every operation"
+        return Choice(
+            "ops", "reference", "the exact tier keeps the reference's operations, bit for bit", (("triton", lost),)
+        )
+    if against:
+        return Choice("ops", "reference", "plain torch, which runs everywhere", (("triton", against),))
+    return Choice(
+        "ops",
+        "triton",
+        "fused kernels, each one pass over memory and within rounding of the reference",
+        (("reference", "a pass over memory for every operation"),),
+    )
 
 
 def layout_choice(tier: Tier) -> Choice:

@@ -64,6 +64,7 @@ def generate(
     vram: options.Vram = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    attention: options.Attention = None,
     base: options.Base = None,
     repeat: From = None,
     as_json: options.Json = False,
@@ -91,6 +92,7 @@ def generate(
         "vram": vram,
         "device": device,
         "dtype": dtype,
+        "attention": attention,
         "base": base,
     }
     if repeat is not None:

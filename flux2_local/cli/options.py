@@ -37,6 +37,10 @@ PlanDevice = Annotated[
     typer.Option("--device", help="cuda, mps, cpu, or a card by name, such as rtx-4090 (a wrong name lists them)."),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Insist on float32, bfloat16 or float16.")]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attention", help="Insist on an attention backend (a wrong name lists them). Default: the fastest."),
+]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
 ]
