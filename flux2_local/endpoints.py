@@ -162,7 +162,9 @@ def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
     from .pipeline import choose, find_hardware, make_settings
 
     a = arguments
-    settings = make_settings(a["variant"], a["acceleration"], a.get("vram"), a.get("dtype"), None)
+    settings = make_settings(
+        a["variant"], a["acceleration"], a.get("vram"), a.get("dtype"), None, a.get("quantize", "auto")
+    )
     checkpoint, plan = choose(a.get("model"), settings, find_hardware(a.get("device")), Work(), a.get("base"))
     return checkpoint.source, plan
 

@@ -72,7 +72,7 @@ def plan_for(
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
     need = Need(name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps))
-    return make_plan(need, hardware, settings.vram, settings.dtype)
+    return make_plan(need, hardware, settings.vram, settings.dtype, settings.quantize)
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ def fit(preset: ModelPreset, hardware: Hardware) -> str:
         plan = make_plan(need, hardware)
     except BudgetError as error:
         return f"does not fit: needs {show_bytes(error.smallest)}, {show_bytes(hardware.free)} free"
-    return (
-        f"fits: {plan.transformer.placement}, peak {show_bytes(plan.peak_bytes)}, about {plan.seconds:.0f} s a picture"
-    )
+    return f"fits: {plan.transformer.format}, {plan.transformer.placement}, peak {show_bytes(plan.peak_bytes)}, about {plan.seconds:.0f} s a picture"
 
 
 def diagnosis() -> dict[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import images, load, lora, safety, store
+from . import images, load, lora, quant, safety, store
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
@@ -43,6 +43,7 @@ class Settings:
         vram: bytes of device memory that may be used, or None.
         dtype: compute type insisted on, or None.
         adapters: the user's LoRAs.
+        quantize: "auto", "none" or the format that the weights are to have.
     """
 
     variant: Variant
@@ -50,6 +51,7 @@ class Settings:
     vram: int | None
     dtype: str | None
     adapters: tuple[lora.Lora, ...]
+    quantize: str = "auto"
 
 
 class Flux2:
@@ -64,8 +66,8 @@ class Flux2:
     def __init__(self, plan: Plan, checkpoint: Checkpoint, hardware: Hardware, settings: Settings) -> None:
         """Load the weights. Use :meth:`load`, which makes the plan."""
         self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
-        self.notes = model_notes(checkpoint, settings.variant)
         self._components = self._build(plan)
+        self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
         self._expander: Expander | None = None
@@ -85,6 +87,7 @@ class Flux2:
         vram: str | int | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        quantize: str = "auto",
         lora: LoraSource | list[LoraSource] | None = None,
         base: str | Path | None = None,
     ) -> Flux2:
@@ -98,6 +101,8 @@ class Flux2:
             vram: device memory that may be used, such as "12GiB" or bytes; what is free where None.
             device: "cuda", "cuda:1", "cpu" or "mps"; the best there is where None.
             dtype: "float32", "bfloat16" or "float16", to insist on a compute type.
+            quantize: "auto" (where memory demands it or it was measured faster), "none", "builtin", or a format by name, to
+                insist on it; a wrong name lists them.
             lora: LoRA files to merge in: a path or "owner/name:file", or (that, strength), or a list of them.
             base: for a single file, the model whose text encoder and autoencoder go with it.
 
@@ -106,7 +111,7 @@ class Flux2:
             ModelError: the model is unknown, missing or damaged.
             PlanError: the device is not there, or the model does not fit.
         """
-        settings = make_settings(variant, acceleration, vram, dtype, lora)
+        settings = make_settings(variant, acceleration, vram, dtype, lora, quantize)
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(
@@ -162,7 +167,7 @@ class Flux2:
             BudgetError: it does not fit.
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
-        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype)
+        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype, self.settings.quantize)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
@@ -191,7 +196,7 @@ class Flux2:
         need = self._need(request, request.acceleration or self.settings.acceleration)
         smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
         try:
-            peak = make_plan(need, self.hardware, None, self.settings.dtype).peak_bytes
+            peak = make_plan(need, self.hardware, None, self.settings.dtype, self.settings.quantize).peak_bytes
             wanted = f"about {peak / 2**30:.1f} GiB were expected to be enough"
         except BudgetError as error:
             wanted = str(error)
@@ -207,6 +212,7 @@ def make_settings(
     vram: str | int | None,
     dtype: str | None,
     adapters: LoraSource | list[LoraSource] | None,
+    quantize: str = "auto",
 ) -> Settings:
     """Check the arguments of :meth:`Flux2.load`.
 
@@ -217,6 +223,7 @@ def make_settings(
         ("variant", variant, VARIANTS),
         ("acceleration", acceleration, ACCELERATIONS),
         ("dtype", dtype, (None, *load.DTYPES)),
+        ("quantize", quantize, quant.NAMES),
     ):
         if value not in allowed:
             words = ", ".join(str(a) for a in allowed if a is not None)
@@ -228,7 +235,7 @@ def make_settings(
     given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
     found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found)  # type: ignore[arg-type]
+    return Settings(variant, acceleration, budget, dtype, found, quantize)  # type: ignore[arg-type]
 
 
 def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
@@ -259,7 +266,7 @@ def choose(
             replace(work, steps=recipe.steps),
         )
         try:
-            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype)
+            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype, settings.quantize)
         except BudgetError as error:
             refused = error
     assert refused is not None, "the bundled model is always a candidate"
@@ -341,7 +348,7 @@ class Run:
         message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
         with self.stage("expand"):
             if flux._expander is None:
-                dtype = load.DTYPES[self.plan.text_encoder.format]
+                dtype = load.DTYPES[self.plan.dtype]
                 flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
             assert self.request.seed is not None
             return flux._expander(self.request.prompt, system[message], self.request.seed)
@@ -484,6 +491,8 @@ class Run:
         }
         if prompt != request.prompt:
             settings["expanded_prompt"] = prompt
+        if self.plan.transformer.format != self.plan.dtype:
+            settings["quantize"] = self.plan.transformer.format
         if flux.settings.adapters:
             settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
         if request.images:

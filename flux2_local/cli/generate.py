@@ -64,6 +64,7 @@ def generate(
     vram: options.Vram = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     base: options.Base = None,
     repeat: From = None,
     as_json: options.Json = False,
@@ -91,6 +92,7 @@ def generate(
         "vram": vram,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "base": base,
     }
     if repeat is not None:
@@ -114,6 +116,7 @@ def edit(
     guidance: Guidance = None,
     vram: options.Vram = None,
     device: options.Device = None,
+    quantize: options.Quantize = None,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -131,6 +134,7 @@ def edit(
         image,
         vram=vram,
         device=device,
+        quantize=quantize,
         as_json=as_json,
         quiet=quiet,
     )
@@ -156,7 +160,7 @@ def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> 
     if not standard:
         fields = {k: v for k, v in fields.items() if k not in STANDARD_ONLY}
     fields |= {k: v for k, v in given.items() if v is not None}
-    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype")}
+    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype", "quantize")}
     same["lora"] = [(name, strength) for name, strength in kept.get("lora", [])] or None
     return fields, {**same, **{k: v for k, v in loading.items() if v is not None}}
 

@@ -37,6 +37,13 @@ PlanDevice = Annotated[
     typer.Option("--device", help="cuda, mps, cpu, or a card by name, such as rtx-4090 (a wrong name lists them)."),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Insist on float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="auto (where memory demands it), none, builtin, or a weight format by name (a wrong one lists them).",
+    ),
+]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
 ]
