@@ -21,7 +21,7 @@ class Format:
         name: what the user calls it: backend, then what the weights are.
         backend: the module of this package that does it.
         weight_bytes: bytes per weight, scales included (of 3072 input channels where there is a scale per row).
-        loss: relative error of a layer's output on normal rows and weights, 3072 input channels (``scripts/quant_loss.py``).
+        loss: relative error of a layer's output on normal rows and weights, 3072 input channels (``scripts/calibrate_quant.py``).
         dtypes: of activations.
         kinds: devices it runs on.
         sm: smallest compute capability on CUDA.
@@ -86,22 +86,22 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format("builtin-int8", "builtin", 1 + ROW, 0.012, automatic=True),
         Format("builtin-int8-rotated", "builtin", 1 + ROW, 0.012, rotation=128),
-        Format("builtin-fp8", "builtin", 1 + ROW, 0.037, kinds=("cuda",), sm=89),
-        Format("builtin-fp8-rotated", "builtin", 1 + ROW, 0.037, kinds=("cuda",), sm=89, rotation=128),
-        Format("builtin-int4", "builtin", 0.5 + GROUP_128, 0.11, group=128, automatic=True),
+        Format("builtin-fp8", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89),
+        Format("builtin-fp8-rotated", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, rotation=128),
+        Format("builtin-int4", "builtin", 0.5 + GROUP_128, 0.116, group=128, automatic=True),
         Format("torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu")),
-        Format("torchao-int8", "torchao", 1 + ROW / 2, 0.0085, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
-        Format("torchao-fp8", "torchao", 1 + ROW, 0.026, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
+        Format("torchao-int8", "torchao", 1 + ROW / 2, 0.009, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
+        Format("torchao-fp8", "torchao", 1 + ROW, 0.0266, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
         Format(
-            "torchao-fp8-dynamic", "torchao", 1 + ROW, 0.037, dtypes=("bfloat16",), kinds=("cuda",), sm=89,
+            "torchao-fp8-dynamic", "torchao", 1 + ROW, 0.0375, dtypes=("bfloat16",), kinds=("cuda",), sm=89,
             packages=TORCHAO, note="slower than bfloat16 unless it is compiled",
         ),
         Format(
             "torchao-int4", "torchao", 0.5 + GROUP_128, 0.1, dtypes=("bfloat16",), kinds=("cuda",), sm=80,
             packages=TORCHAO, group=128, not_kept="its tiles are packed by the card, for the card",
         ),
-        Format("quanto-int8", "quanto", 1 + ROW / 2, 0.0085, packages=QUANTO, note=UNPACKS),
-        Format("quanto-fp8", "quanto", 1 + ROW / 2, 0.026, kinds=("cuda", "cpu"), packages=QUANTO, note=UNPACKS),
+        Format("quanto-int8", "quanto", 1 + ROW / 2, 0.009, packages=QUANTO, note=UNPACKS),
+        Format("quanto-fp8", "quanto", 1 + ROW / 2, 0.0266, kinds=("cuda", "cpu"), packages=QUANTO, note=UNPACKS),
         Format(
             "quanto-int4", "quanto", 0.5 + GROUP_128, 0.1, dtypes=("bfloat16",), kinds=("cuda", "cpu"), packages=QUANTO,
             group=128, note="in float32 it would compile C++ at its first use, for minutes",
