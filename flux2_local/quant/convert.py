@@ -39,6 +39,7 @@ def as_stored(name: str, weight: Tensor) -> Tensor:
     return weight
 
 
+@torch.no_grad()
 def convert(
     network: nn.Module, recipe: Recipe, dtype: torch.dtype, device: torch.device, merged: Merged = as_stored
 ) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class Sums:
     output: float = 0.0
 
 
+@torch.no_grad()
 def errors(
     network: nn.Module, recipe: Recipe, run: Callable[[], object], dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
@@ -53,6 +54,7 @@ def errors(
 
 
 def _compare(quantized: nn.Module, sums: Sums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
+    @torch.no_grad()
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         wanted = output.float()
         sums.error += float((quantized(inputs[0]).float() - wanted).square().sum())
