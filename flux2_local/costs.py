@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.blocks import block_linears
 from .model.language import LanguageConfig, LanguageModel
 from .model.transformer import Flux2Transformer, TransformerConfig
 
@@ -66,6 +67,27 @@ def parameters(arch: Architecture) -> dict[str, int]:
             "text_encoder": count(LanguageModel(arch.language, arch.text_layers)),
             "vae": count(Autoencoder(arch.autoencoder)),
         }
+
+
+@cache
+def block_parameters(arch: Architecture) -> dict[str, int]:
+    """Weights in the block linears of each component: those that a format may hold in fewer bytes."""
+    with torch.device("meta"):
+        nets = {
+            "transformer": Flux2Transformer(arch.transformer),
+            "text_encoder": LanguageModel(arch.language, arch.text_layers),
+        }
+    return {name: sum(layer.weight.numel() for layer in block_linears(net).values()) for name, net in nets.items()}
+
+
+def weight_bytes(arch: Architecture, dtype: str, per_weight: float | None = None) -> dict[str, int]:
+    """Bytes of each component's weights in ``dtype``, with the block linears at ``per_weight`` bytes where that is given.
+
+    Layers that calibration keeps in ``dtype`` are counted as quantized: they are few.
+    """
+    blocks = {} if per_weight is None else block_parameters(arch)
+    saved = 0.0 if per_weight is None else WIDTH[dtype] - per_weight
+    return {name: int(n * WIDTH[dtype] - blocks.get(name, 0) * saved) for name, n in parameters(arch).items()}
 
 
 @cache

@@ -163,7 +163,13 @@ def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
 
     a = arguments
     settings = make_settings(
-        a["variant"], a["acceleration"], a.get("vram"), a.get("dtype"), None, a.get("attention", "auto")
+        a["variant"],
+        a["acceleration"],
+        a.get("vram"),
+        a.get("dtype"),
+        None,
+        a.get("attention", "auto"),
+        a.get("quantize", "auto"),
     )
     checkpoint, plan = choose(a.get("model"), settings, find_hardware(a.get("device")), Work(), a.get("base"))
     return checkpoint.source, plan

@@ -17,6 +17,7 @@ from .model.transformer import TransformerConfig
 from .pipeline import Settings, choose, find_hardware
 from .plan import Need, Plan, make_plan
 from .presets import ModelPreset, families, models, show_bytes, tiers
+from .quant import FORMATS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +70,7 @@ def plan_for(
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
     need = Need(name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps))
-    return make_plan(need, hardware, settings.vram, settings.dtype, settings.attention)
+    return settings.plan(need, hardware)
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,8 @@ def fit(preset: ModelPreset, hardware: Hardware) -> str:
         plan = make_plan(need, hardware)
     except BudgetError as error:
         return f"does not fit: needs {show_bytes(error.smallest)}, {show_bytes(hardware.free)} free"
-    return (
-        f"fits: {plan.transformer.placement}, peak {show_bytes(plan.peak_bytes)}, about {plan.seconds:.0f} s a picture"
-    )
+    how = f"{plan.transformer.format}, {plan.transformer.placement}, peak {show_bytes(plan.peak_bytes)}"
+    return f"fits: {how}, about {plan.seconds:.0f} s a picture"
 
 
 def diagnosis() -> dict[str, dict[str, str]]:
@@ -147,10 +147,13 @@ def diagnosis() -> dict[str, dict[str, str]]:
         found = package(name, on=hardware.kind, need=need)
         state = f"usable, {found.version}" if found.usable else f"not usable: {found.problem}"
         backends[name] = f"{state} ({purpose})"
+    dtype = hardware.fast_dtypes[0]
+    formats = {f.name: f.reason_against(hardware, dtype) or f"usable with {dtype}" for f in FORMATS.values()}
     return {
         "hardware": hardware_rows(hardware),
         "versions": versions,
         "backends": backends,
+        "weight formats": formats,
         "safety check": {"classifier": safety.available() or "none; see `flux2-local download`"},
         "models": {"hub cache": str(hub_cache()), "offline": os.environ.get("HF_HUB_OFFLINE", "0")},
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
@@ -39,23 +41,36 @@ def write(path: Path, data: bytes) -> Path:
     Raises:
         OutputError: it could not be written; nothing is left behind.
     """
-    handle, name = -1, ""
+    with replacing(path) as part:
+        part.write_bytes(data)
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path`` to write to; it becomes ``path`` when the context is left, or goes with its error.
+
+    Raises:
+        OutputError: it could not be written; nothing is left behind.
+    """
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
+        os.close(handle)
+        part = Path(name)
+        yield part
+        with part.open("rb+") as f:
             os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
+        part.chmod(0o666 & ~umask)
+        part.replace(path)
     except (OSError, ValueError) as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {reason(error)}.") from error
-    return path
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def free_name(path: Path) -> Path:

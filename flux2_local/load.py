@@ -22,12 +22,14 @@ from .model.language import LanguageConfig, LanguageModel
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import PLACEMENTS, Hold
+from .quant import convert, disk
+from .quant.recipe import Recipe
 from .text.encode import PromptStyle
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from .lora import Lora
-    from .plan import Plan
+    from .plan import ComponentPlan, Plan
     from .store import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +53,8 @@ class Components:
     hold_transformer: Hold
     hold_text_encoder: Hold
     hold_vae: Hold
+    notes: tuple[str, ...] = ()
+    """What happened while loading that the user should know, a line each."""
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
@@ -83,26 +87,87 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     with torch.device("meta"):
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
-    fill_transformer(transformer, checkpoint, DTYPES[plan.transformer.format])
-    for adapter in adapters:
-        loras.merge(transformer, loras.read(adapter.path), adapter.strength, adapter.path.name)
-    folder = checkpoint.folder
-    weights.fill(
-        text_encoder,
-        weights.read_files(weights.weight_files(folder / "text_encoder")),
-        dtype=DTYPES[plan.text_encoder.format],
-        source=str(folder / "text_encoder"),
-        rename=language_name,
+    notes = (
+        fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device),
+        fill(text_encoder, plan.text_encoder, plan.dtype, Source(checkpoint, "text_encoder"), device),
     )
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)
     placements = (plan.transformer.placement, plan.text_encoder.placement, plan.vae.placement)
-    holds = [PLACEMENTS[p](n.eval(), device) for n, p in zip(networks, placements, strict=True)]
-    return Components(
-        transformer, text_encoder, vae, ChatTokenizer(folder / "tokenizer"), prompt_style(checkpoint), device, *holds
+    hold_transformer, hold_text_encoder, hold_vae = (
+        PLACEMENTS[p](n.eval(), device) for n, p in zip(networks, placements, strict=True)
     )
+    return Components(
+        transformer=transformer,
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer=ChatTokenizer(checkpoint.folder / "tokenizer"),
+        style=prompt_style(checkpoint),
+        device=device,
+        hold_transformer=hold_transformer,
+        hold_text_encoder=hold_text_encoder,
+        hold_vae=hold_vae,
+        notes=tuple(note for note in notes if note),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one network's weights come from.
+
+    Attributes:
+        checkpoint: the model.
+        component: "transformer" or "text_encoder".
+        adapters: LoRAs for it, merged in order.
+    """
+
+    checkpoint: Checkpoint
+    component: str
+    adapters: tuple[Lora, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """The weights' files."""
+        if self.component == "transformer" and self.checkpoint.single is not None:
+            return [self.checkpoint.single]
+        return weights.weight_files(self.checkpoint.folder / self.component)
+
+    def dense(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        """Give ``network`` the checkpoint's weights, in ``dtype`` or as stored."""
+        if isinstance(network, Flux2Transformer):
+            fill_transformer(network, self.checkpoint, dtype)
+            return
+        name = str(self.checkpoint.folder / self.component)
+        weights.fill(network, weights.read_files(self.files), dtype=dtype, source=name, rename=language_name)
+
+
+def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
+    """Give a network on the meta device its weights, in the format that its plan says.
+
+    Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept.
+
+    Returns:
+        What the user should know, or "".
+    """
+    updates = [(loras.read(a.path), a.strength) for a in source.adapters]
+    if held.format in DTYPES:
+        source.dense(network, DTYPES[held.format])
+        for adapter, (update, strength) in zip(source.adapters, updates, strict=True):
+            loras.merge(network, update, strength, adapter.path.name)
+        return ""
+    for adapter, (update, _) in zip(source.adapters, updates, strict=True):
+        loras.check(network, update, adapter.path.name)
+    recipe, kind = Recipe(held.format, keep=held.keep), DTYPES[dtype]
+    adapters = [(a.path, a.strength) for a in source.adapters]
+    stem = f"{source.checkpoint.name}-{source.component}"
+    kept = disk.Kept(stem, recipe, kind, disk.facts(recipe, kind, source.files, adapters))
+    if kept.read(network, device):
+        return ""
+    source.dense(network, None)
+    layers = convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates))
+    return kept.write(network, layers)
 
 
 def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> Ops:
@@ -121,7 +186,7 @@ def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:
     return vae
 
 
-def fill_transformer(transformer: Flux2Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def fill_transformer(transformer: Flux2Transformer, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     """Read the transformer's weights from the checkpoint's folder or its single file."""
     single = checkpoint.single
     if single is None:

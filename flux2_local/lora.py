@@ -93,6 +93,31 @@ def merge(module: nn.Module, updates: dict[str, Update], strength: float, source
     Raises:
         WeightsDamagedError: an update names a module that is not there or has another shape.
     """
+    check(module, updates, source)
+    for name in updates:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        merged = added(name, layer.weight, [(updates, strength)]).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+
+
+def added(name: str, weight: Tensor, adapters: list[tuple[dict[str, Update], float]]) -> Tensor:
+    """The weight of layer ``name`` with every adapter's update of it at its strength, summed in float32; ``weight`` itself
+    where there is none."""
+    for updates, strength in adapters:
+        update = updates.get(name)
+        if update is not None:
+            delta = (update.up.float() @ update.down.float()) * (update.scale * strength)
+            weight = weight.float() + delta.to(weight.device)
+    return weight
+
+
+def check(module: nn.Module, updates: dict[str, Update], source: str) -> None:
+    """Make sure that updates fit a dense module.
+
+    Raises:
+        WeightsDamagedError: an update names a module that is not there or has another shape.
+    """
     layers = dict(module.named_modules())
     for name, update in updates.items():
         layer = layers.get(name)
@@ -101,10 +126,6 @@ def merge(module: nn.Module, updates: dict[str, Update], strength: float, source
                 f"{source} does not fit this model: it changes {name} ({update.up.shape[0]}×{update.down.shape[1]}), which the "
                 f"model {'has in another shape' if layer is not None else 'has not'}. It was made for another FLUX.2 family."
             )
-        weight = layer.weight
-        delta = (update.up.float() @ update.down.float()) * (update.scale * strength)
-        merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-        layer.weight = nn.Parameter(merged, requires_grad=False)
 
 
 def load(source: str | Path) -> Path:

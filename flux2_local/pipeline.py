@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import images, load, lora, safety, store
+from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, OutOfMemoryError, RequestError
@@ -45,6 +45,7 @@ class Settings:
         dtype: compute type insisted on, or None.
         adapters: the user's LoRAs.
         attention: "auto", or the attention backend insisted on.
+        quantize: "auto", "none" or the format that the weights are to have.
     """
 
     variant: Variant
@@ -53,6 +54,16 @@ class Settings:
     dtype: str | None
     adapters: tuple[lora.Lora, ...]
     attention: str = AUTO
+    quantize: str = "auto"
+
+    def plan(self, need: Need, hardware: Hardware) -> Plan:
+        """How ``need`` is met within these settings.
+
+        Raises:
+            BackendUnavailableError: something insisted on cannot be used.
+            BudgetError: nothing fits.
+        """
+        return make_plan(need, hardware, self.vram, self.dtype, self.attention, self.quantize)
 
 
 class Flux2:
@@ -67,8 +78,8 @@ class Flux2:
     def __init__(self, plan: Plan, checkpoint: Checkpoint, hardware: Hardware, settings: Settings) -> None:
         """Load the weights. Use :meth:`load`, which makes the plan."""
         self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
-        self.notes = model_notes(checkpoint, settings.variant)
         self._components = self._build(plan)
+        self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
         self._expander: Expander | None = None
@@ -88,6 +99,7 @@ class Flux2:
         vram: str | int | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        quantize: str = "auto",
         lora: LoraSource | list[LoraSource] | None = None,
         base: str | Path | None = None,
         attention: str = AUTO,
@@ -102,6 +114,8 @@ class Flux2:
             vram: device memory that may be used, such as "12GiB" or bytes; what is free where None.
             device: "cuda", "cuda:1", "cpu" or "mps"; the best there is where None.
             dtype: "float32", "bfloat16" or "float16", to insist on a compute type.
+            quantize: "auto" (where memory demands it or it was measured faster), "none", "builtin", or a format by name, to
+                insist on it; a wrong name lists them.
             lora: LoRA files to merge in: a path or "owner/name:file", or (that, strength), or a list of them.
             base: for a single file, the model whose text encoder and autoencoder go with it.
             attention: a backend of :mod:`flux2_local.attention` to insist on; "auto" takes the fastest that the tier permits.
@@ -111,7 +125,7 @@ class Flux2:
             ModelError: the model is unknown, missing or damaged.
             PlanError: the device is not there, the attention backend cannot be used, or the model does not fit.
         """
-        settings = make_settings(variant, acceleration, vram, dtype, lora, attention)
+        settings = make_settings(variant, acceleration, vram, dtype, lora, attention, quantize)
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(
@@ -167,7 +181,7 @@ class Flux2:
             BudgetError: it does not fit.
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
-        return make_plan(need, self.hardware, self.settings.vram, self.settings.dtype, self.settings.attention)
+        return self.settings.plan(need, self.hardware)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
@@ -196,7 +210,7 @@ class Flux2:
         need = self._need(request, request.acceleration or self.settings.acceleration)
         smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
         try:
-            peak = make_plan(need, self.hardware, None, self.settings.dtype, self.settings.attention).peak_bytes
+            peak = replace(self.settings, vram=None).plan(need, self.hardware).peak_bytes
             wanted = f"about {peak / 2**30:.1f} GiB were expected to be enough"
         except BudgetError as error:
             wanted = str(error)
@@ -213,6 +227,7 @@ def make_settings(
     dtype: str | None,
     adapters: LoraSource | list[LoraSource] | None,
     attention: str = AUTO,
+    quantize: str = "auto",
 ) -> Settings:
     """Check the arguments of :meth:`Flux2.load`.
 
@@ -224,6 +239,7 @@ def make_settings(
         ("acceleration", acceleration, ACCELERATIONS),
         ("dtype", dtype, (None, *load.DTYPES)),
         ("attention", attention, NAMES),
+        ("quantize", quantize, quant.NAMES),
     ):
         if value not in allowed:
             words = ", ".join(str(a) for a in allowed if a is not None)
@@ -235,7 +251,7 @@ def make_settings(
     given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
     found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found, attention)  # type: ignore[arg-type]
+    return Settings(variant, acceleration, budget, dtype, found, attention, quantize)  # type: ignore[arg-type]
 
 
 def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
@@ -266,7 +282,7 @@ def choose(
             replace(work, steps=recipe.steps),
         )
         try:
-            return checkpoint, make_plan(need, hardware, settings.vram, settings.dtype, settings.attention)
+            return checkpoint, settings.plan(need, hardware)
         except BudgetError as error:
             refused = error
     assert refused is not None, "the bundled model is always a candidate"
@@ -349,7 +365,7 @@ class Run:
         message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
         with self.stage("expand"):
             if flux._expander is None:
-                dtype = load.DTYPES[self.plan.text_encoder.format]
+                dtype = load.DTYPES[self.plan.dtype]
                 flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
             assert self.request.seed is not None
             return flux._expander(self.request.prompt, system[message], self.request.seed)
@@ -492,6 +508,8 @@ class Run:
         }
         if prompt != request.prompt:
             settings["expanded_prompt"] = prompt
+        if self.plan.transformer.format != self.plan.dtype:
+            settings["quantize"] = self.plan.transformer.format
         if flux.settings.adapters:
             settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
         if request.images:

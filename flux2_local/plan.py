@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flux2_kernels import Place, place_of
 
 from . import attention as attentions
-from . import costs
+from . import costs, quant
 from .costs import Architecture, Work
 from .errors import BudgetError
 from .hardware import Hardware
@@ -39,10 +39,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """How one network is held: its weights' format and where they stay."""
+    """How one network is held: its weights' format (a compute type, or one of :mod:`flux2_local.quant`), where they stay,
+    and the layers that are kept in the compute type although the format would cover them."""
 
     format: str
     placement: Placement
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def make_plan(
     budget: int | None = None,
     dtype: str | None = None,
     attention: str = attentions.AUTO,
+    quantize: str = "auto",
 ) -> Plan:
     """Choose how to run.
 
@@ -130,9 +133,10 @@ def make_plan(
         budget: bytes of device memory that must not be exceeded; what is free where None.
         dtype: compute type, where the caller insists on one.
         attention: "auto", or the attention backend that the caller insists on.
+        quantize: "auto", "none", or the weights' format, where the caller insists on one.
 
     Raises:
-        BackendUnavailableError: that backend cannot be used.
+        BackendUnavailableError: the backend or the format insisted on cannot be used on this hardware.
         BudgetError: nothing fits; it carries the smallest budget that would.
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
@@ -140,13 +144,20 @@ def make_plan(
     ops_choice = choose_ops(need, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     tiles = (0,) if need.tier.exact else (0, TILE)
-    candidates = [Candidate(need, dtype, placement, tile) for placement in placements(hardware) for tile in tiles]
+    wanted = formats(need.tier, hardware, dtype, quantize)
+    candidates = [
+        Candidate(need, dtype, form, placement, tile)
+        for form in wanted
+        for placement in placements(hardware)
+        for tile in tiles
+    ]
     winner = next((c for c in candidates if c.peak <= limit), None)
     if winner is None:
-        smallest = min(c.peak for c in candidates) + SYSTEM_RESERVE[hardware.kind]
+        best = min(candidates, key=lambda c: c.peak)
+        smallest = best.peak + SYSTEM_RESERVE[hardware.kind]
         raise BudgetError(
             f"{need.model} at {need.work.width}×{need.work.height} needs at least {show_bytes(smallest)} of "
-            f"{'memory' if hardware.kind == 'cpu' else 'device memory'} on {hardware.name} in {dtype}, and "
+            f"{'memory' if hardware.kind == 'cpu' else 'device memory'} on {hardware.name} in {best.format}, and "
             f"{show_bytes(max(0, limit + SYSTEM_RESERVE[hardware.kind]))} may be used. Give it more (--vram), free some, or use "
             f"a smaller model or picture.",
             smallest,
@@ -159,14 +170,15 @@ def make_plan(
     arch, work = need.arch, need.work
     cache_choice, cache = choose_cache(need)
     held = ComponentPlan(dtype, winner.placement)
+    transformer, text_encoder = (component_plan(winner, name) for name in ("transformer", "text_encoder"))
     return Plan(
         model=need.model,
         variant=need.variant,
         acceleration=need.tier.name,
         device=hardware.device,
         dtype=dtype,
-        transformer=held,
-        text_encoder=held,
+        transformer=transformer,
+        text_encoder=text_encoder,
         vae=held,
         attention=attention_choice.value,
         ops=ops_choice.value,
@@ -182,6 +194,7 @@ def make_plan(
         work=work,
         choices=(
             kind_choice,
+            choose_format(need.tier, wanted, winner, quantize),
             Choice("placement", winner.name, winner.reason, rejected),
             attention_choice,
             ops_choice,
@@ -268,6 +281,45 @@ def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Cho
     raise AssertionError("a tier without dtypes")
 
 
+def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[quant.Format | None, ...]:
+    """Candidate formats of the weights, most wanted first; None is the compute type itself.
+
+    Raises:
+        BackendUnavailableError: the one asked for cannot be used here.
+    """
+    if asked == "none" or (asked == "auto" and tier.exact):
+        return (None,)
+    if asked != "auto":
+        return (quant.find(asked, hardware, dtype),)
+    usable = quant.automatic(hardware, dtype)
+    faster = tuple(f for f in usable if tier.quantize and hardware.sm in f.faster)
+    return (*faster, None, *(f for f in usable if f not in faster))
+
+
+def choose_format(tier: Tier, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str) -> Choice:
+    """Why the weights of the transformer and the text encoder are held as they are."""
+    form = winner.form
+    before = wanted[: wanted.index(form)]
+    rejected = tuple((winner.dtype if f is None else f.name, "does not fit in any placement") for f in before)
+    if form is None:
+        why = "asked for" if asked == "none" else "the exact tier quantizes nothing" if tier.exact else "it fits"
+        return Choice("weights", winner.dtype, why, rejected)
+    cost = f"{form.weight_bytes:.2f} bytes a weight, layers' outputs about {form.loss:.1%} off"
+    if asked != "auto":
+        why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
+    else:
+        why = "the smallest loss that fits" if None in before else "measured faster on this device"
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else ""), rejected)
+
+
+def component_plan(winner: Candidate, component: str) -> ComponentPlan:
+    """How the winner holds the transformer or the text encoder."""
+    if winner.form is None:
+        return ComponentPlan(winner.dtype, winner.placement)
+    recipe = quant.recipe_for(winner.form, winner.need.model, component)
+    return ComponentPlan(recipe.format, winner.placement, recipe.keep)
+
+
 def placements(hardware: Hardware) -> tuple[Placement, ...]:
     """Candidate placements, fastest first. Where device and host share their memory, staging gains nothing."""
     return ("resident", "staged") if hardware.kind == "cuda" else ("resident",)
@@ -279,12 +331,18 @@ class Candidate:
 
     need: Need
     dtype: str
+    form: quant.Format | None
     placement: Placement
     tile: int
 
     @property
+    def format(self) -> str:
+        return self.dtype if self.form is None else self.form.name
+
+    @property
     def name(self) -> str:
-        return f"{self.placement}, {f'decoded in {self.tile}-pixel tiles' if self.tile else 'decoded whole'}"
+        weights = "" if self.form is None else f"{self.format} weights, "
+        return f"{weights}{self.placement}, {f'decoded in {self.tile}-pixel tiles' if self.tile else 'decoded whole'}"
 
     @property
     def reason(self) -> str:
@@ -295,8 +353,8 @@ class Candidate:
 
     @property
     def peak(self) -> int:
-        arch, width = self.need.arch, costs.WIDTH[self.dtype]
-        held = {name: n * width for name, n in costs.parameters(arch).items()}
+        arch = self.need.arch
+        held = costs.weight_bytes(arch, self.dtype, None if self.form is None else self.form.weight_bytes)
         step = costs.step_activations(arch, self.need.work, self.dtype)
         tiled = replace(self.need.work, width=self.tile, height=self.tile) if self.tile else self.need.work
         decode = costs.decode_activations(arch, tiled, self.dtype)

@@ -103,13 +103,15 @@ class CachePolicy:
 
 @dataclass(frozen=True)
 class Tier:
-    """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its calibrated step-cache policy."""
+    """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its calibrated step-cache policy; ``quantize``
+    permits formats that were measured faster than 16 bit even where memory does not call for them."""
 
     name: Acceleration
     description: str
     exact: bool
     dtypes: dict[str, tuple[str, ...]]
     cache: dict[str, CachePolicy]
+    quantize: bool
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def tiers() -> dict[Acceleration, Tier]:
             exact=row["exact"],
             dtypes={k: tuple(v) for k, v in row["dtypes"].items()},
             cache={k: CachePolicy(**v) for k, v in row.get("cache", {}).items()},
+            quantize=row.get("quantize", False),
         )
         for name, row in _table("tiers").items()
     }
@@ -242,3 +245,9 @@ def show_bytes(count: float) -> str:
 def families() -> dict[str, dict[str, dict[str, Any]]]:
     """Configurations of the published families: family -> component -> the fields of its config.json."""
     return dict(_table("families"))
+
+
+@cache
+def quantization() -> dict[str, dict[str, Any]]:
+    """Rows of ``quantization.toml``: format -> threshold, and the layers kept per model and network."""
+    return dict(_table("quantization"))

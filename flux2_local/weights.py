@@ -152,7 +152,7 @@ def fill(
     module: nn.Module,
     tensors: Tensors,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     source: str,
     rename: Callable[[str], str | None] | None = None,
     keep_dtype: tuple[str, ...] = (),
@@ -162,7 +162,7 @@ def fill(
     Args:
         module: parameters and buffers are replaced, not copied into.
         tensors: the checkpoint; names that the module has not are passed over.
-        dtype: floating-point tensors are converted to it.
+        dtype: floating-point tensors are converted to it; None leaves them as stored.
         source: what to call the checkpoint in errors.
         rename: checkpoint name -> module name, or None to pass over.
         keep_dtype: names that start so keep their own type.
@@ -181,7 +181,7 @@ def fill(
                 f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
                 f"belongs to another model, or its config.json does."
             )
-        if value.is_floating_point() and not target.startswith(keep_dtype or ("\0",)):
+        if dtype is not None and value.is_floating_point() and not target.startswith(keep_dtype or ("\0",)):
             value = value.to(dtype)
         assign(module, target, value)
     if wanted:

@@ -38,9 +38,9 @@ def cell(device: str, model: str, variant: Variant) -> str:
     except BudgetError as error:
         return f"needs {show_bytes(error.smallest)}"
     seconds = f"{plan.seconds:.1f} s" if plan.seconds < 100 else f"{plan.seconds / 60:.0f} min"
-    return f"{seconds}, {show_bytes(plan.peak_bytes)}" + (
-        "" if plan.transformer.placement == "resident" else ", staged"
-    )
+    how = "" if plan.transformer.placement == "resident" else ", staged"
+    form = "" if plan.transformer.format == plan.dtype else f", {plan.transformer.format.removeprefix('builtin-')}"
+    return f"{seconds}, {show_bytes(plan.peak_bytes)}{form}{how}"
 
 
 def table() -> str:

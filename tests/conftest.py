@@ -22,6 +22,7 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr(constants, "HF_HUB_CACHE", str(folder))
     patch.setenv("HF_HUB_CACHE", str(folder))
     patch.setenv("HF_HOME", str(folder.parent))
+    patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
     yield folder
     patch.undo()
 

@@ -65,6 +65,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
+    quantize: options.Quantize = None,
     base: options.Base = None,
     repeat: From = None,
     as_json: options.Json = False,
@@ -93,6 +94,7 @@ def generate(
         "device": device,
         "dtype": dtype,
         "attention": attention,
+        "quantize": quantize,
         "base": base,
     }
     if repeat is not None:
@@ -116,6 +118,7 @@ def edit(
     guidance: Guidance = None,
     vram: options.Vram = None,
     device: options.Device = None,
+    quantize: options.Quantize = None,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -133,6 +136,7 @@ def edit(
         image,
         vram=vram,
         device=device,
+        quantize=quantize,
         as_json=as_json,
         quiet=quiet,
     )
@@ -158,7 +162,7 @@ def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> 
     if not standard:
         fields = {k: v for k, v in fields.items() if k not in STANDARD_ONLY}
     fields |= {k: v for k, v in given.items() if v is not None}
-    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype")}
+    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype", "quantize")}
     same["lora"] = [(name, strength) for name, strength in kept.get("lora", [])] or None
     return fields, {**same, **{k: v for k, v in loading.items() if v is not None}}
 

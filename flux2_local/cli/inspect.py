@@ -27,6 +27,7 @@ def plan(
     ram: Annotated[str | None, typer.Option("--ram", help="Host memory to plan with, such as 32GiB.")] = None,
     dtype: options.Dtype = None,
     attention: options.Attention = None,
+    quantize: options.Quantize = None,
     as_json: options.Json = False,
 ) -> None:
     from ..explore import plan_for
@@ -34,7 +35,8 @@ def plan(
     from ..presets import parse_bytes
     from ..request import make_request
 
-    settings = make_settings(variant or "standard", acceleration or "regular", vram, dtype, None, attention or "auto")
+    wishes = {"attention": attention or "auto", "quantize": quantize or "auto"}
+    settings = make_settings(variant or "standard", acceleration or "regular", vram, dtype, None, **wishes)
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)
     made = plan_for(model, settings, request, device, None if ram is None else parse_bytes(ram))

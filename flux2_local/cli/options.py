@@ -41,6 +41,13 @@ Attention = Annotated[
     str | None,
     typer.Option("--attention", help="Insist on an attention backend (a wrong name lists them). Default: the fastest."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="auto (where memory demands it), none, builtin, or a weight format by name (a wrong one lists them).",
+    ),
+]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
@@ -14,20 +15,30 @@ def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContex
 
     The host's tensors are kept, so leaving costs nothing but the release of memory.
     """
-    home = {name: p.data for name, p in module.named_parameters()}
-    home_buffers = {name: b.data for name, b in module.named_buffers()}
+    home: list[tuple[dict[str, Any], str, Tensor]] = [
+        (cast("dict[str, Any]", table), name, value)
+        for part in module.modules()
+        for table in (part._parameters, part._buffers)
+        for name, value in table.items()
+        if value is not None
+    ]
 
     @contextmanager
     def on_device() -> Iterator[None]:
-        module.to(device)
+        for table, name, value in home:
+            table[name] = moved(value, device)
         try:
             yield
         finally:
-            for name, p in module.named_parameters():
-                p.data = home[name]
-            for name, b in module.named_buffers():
-                b.data = home_buffers[name]
+            for table, name, value in home:
+                table[name] = value
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     return on_device
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device``. Quantized weights are tensors around tensors, for which setting ``.data`` would not do."""
+    there = value.to(device)
+    return nn.Parameter(there, requires_grad=False) if isinstance(value, nn.Parameter) else there

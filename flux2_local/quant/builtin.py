@@ -1,0 +1,144 @@
+"""Our own formats over :mod:`flux2_kernels`: int8 or fp8 rows times int8 or fp8 weights, and int4 weights.
+
+W8A8: a scale per row of activations, found at every call, and one per output channel of weights; ``y = (q(x) · q(w)ᵀ) · s_x ·
+s_w``. With a rotation, blocks of input channels of both are multiplied with an orthonormal Hadamard matrix first, which
+spreads outliers and leaves the product as it was (QuaRot, arXiv 2404.00456). int4: a scale per 128 input channels of
+weights, activations as they are.
+
+On a CPU int8 goes through ``torch._int_mm`` (oneDNN's int8 instructions); what neither it nor a kernel covers is plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from flux2_kernels import Format as Kinds
+from flux2_kernels import choose, linear_w4, quantize_rows
+from torch import Tensor, nn
+
+from .formats import Format
+
+LEAST_ROTATION = 16
+VALUES = {"builtin-int8": torch.int8, "builtin-fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one layer multiplies, resolved for its device when it is made.
+
+    Attributes:
+        quantize: (x [B, T, K], values' dtype, rotation) -> values, float32 scales [B, T, 1]; None leaves rows as they are.
+        product: the matching product of :mod:`flux2_kernels.linear_w8a8` or :mod:`flux2_kernels.linear_w4`.
+        rotation: block size of the Hadamard matrix, 0 for none.
+    """
+
+    quantize: Callable[..., tuple[Tensor, Tensor]] | None
+    product: Callable[..., Tensor]
+    rotation: int = 0
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias on quantized weights.
+
+    Args:
+        weight: int8 or float8_e4m3fn [N, K], or packed int4 pairs [N, K / 2] in int8.
+        scale: float32 [N], or [N, K / group] for int4.
+        arithmetic: of the device that the layer will run on.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.arithmetic = arithmetic
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, K] or [T, K], any float dtype -> the same with N channels."""
+        rows = x if x.ndim == 3 else x[None]
+        if self.arithmetic.quantize is None:
+            y = self.arithmetic.product(rows, self.weight, self.scale)
+        else:
+            values, scales = self.arithmetic.quantize(rows, self.weight.dtype, self.arithmetic.rotation)
+            y = self.arithmetic.product(values, scales, self.weight, self.scale, x.dtype)
+        return y if x.ndim == 3 else y[0]
+
+
+def quantize(weight: Tensor, form: Format, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A layer for ``weight`` [N, K], any float dtype; it stays on the weight's device until it is moved.
+
+    Args:
+        weight: as the checkpoint and its adapters have it.
+        form: one of the builtin formats.
+        dtype: of the activations to come.
+        device: where the layer will run.
+    """
+    channels = weight.shape[1]
+    how = arithmetic(form, channels, weight.shape[0], dtype, device)
+    if form.group:
+        packed, scales = linear_w4.pack(weight, form.group)
+        return QuantizedLinear(packed, scales, how)
+    values, scale = quantize_rows.reference(weight, values_of(form), how.rotation)
+    return QuantizedLinear(values, scale[:, 0].contiguous(), how)
+
+
+def parts(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's tensors, for the disk."""
+    assert isinstance(layer, QuantizedLinear)
+    return {"weight": layer.weight, "scale": layer.scale}
+
+
+def restore(
+    tensors: dict[str, Tensor], shape: torch.Size, form: Format, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The layer whose :func:`parts` are ``tensors``; ``shape`` is the dense weight's.
+
+    Raises:
+        KeyError, ValueError: a tensor is missing or of another shape or type.
+    """
+    rows, channels = shape
+    want = {"weight": (rows, channels), "scale": (rows,)}
+    if form.group:
+        want = {"weight": (rows, channels // 2), "scale": (rows, channels // form.group)}
+    for name, size in want.items():
+        kind = torch.float32 if name == "scale" else values_of(form)
+        if tuple(tensors[name].shape) != size or tensors[name].dtype != kind:
+            raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+    return QuantizedLinear(tensors["weight"], tensors["scale"], arithmetic(form, channels, rows, dtype, device))
+
+
+def values_of(form: Format) -> torch.dtype:
+    """The dtype that weights are stored in; pairs of int4 lie in int8."""
+    return torch.int8 if form.group else VALUES[form.name.removesuffix("-rotated")]
+
+
+def rotation_for(channels: int, largest: int) -> int:
+    """The largest block, a power of two up to ``largest``, that divides ``channels``; 0 where 16 does not."""
+    block = min(largest, channels & -channels)
+    return block if block >= LEAST_ROTATION else 0
+
+
+def arithmetic(form: Format, channels: int, rows: int, dtype: torch.dtype, device: torch.device) -> Arithmetic:
+    """The fastest implementation there is for layers of ``channels`` inputs and ``rows`` outputs on ``device``."""
+    dims = {"k": channels, "n": rows, "width": channels}
+    if form.group:
+        if device.type != "cuda" or dtype == torch.float32:
+            return Arithmetic(None, linear_w4.reference)
+        choice = choose("linear_w4a16", device, Kinds(dtype), {**dims, "group": form.group})
+        return Arithmetic(None, choice.function)
+    kinds, rotation = Kinds(dtype, values_of(form)), rotation_for(channels, form.rotation)
+    quantizer = choose("quantize_rows", device, kinds, {**dims, "hadamard": rotation}).function
+    if device.type == "cpu" and values_of(form) == torch.int8:
+        return Arithmetic(quantizer, int8_on_cpu, rotation)
+    return Arithmetic(quantizer, choose("linear_w8a8", device, kinds, dims).function, rotation)
+
+
+def int8_on_cpu(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As :func:`flux2_kernels.linear_w8a8.reference` for int8, with sums exact in int32."""
+    total = torch._int_mm(x.flatten(0, 1), w.t()).float()
+    total.mul_(x_scale.flatten(0, 1)).mul_(w_scale)
+    return total.to(dtype).unflatten(0, x.shape[:2])

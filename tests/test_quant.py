@@ -1,0 +1,369 @@
+"""Quantized weights: right within their loss, the same from the disk, with LoRA, named or planned."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flux2_kernels import linear_w8a8, quantize_rows
+from safetensors.torch import save_file
+from test_lora import FIELDS, as_diffusers
+
+from flux2_local import (
+    BackendUnavailableError,
+    BudgetError,
+    Flux2,
+    RequestError,
+    costs,
+    load,
+    lora,
+    quant,
+    store,
+    weights,
+)
+from flux2_local.costs import Work
+from flux2_local.explore import family_architecture
+from flux2_local.hardware import from_preset, probe
+from flux2_local.model.blocks import block_linears
+from flux2_local.model.transformer import Flux2Transformer
+from flux2_local.plan import Need, make_plan
+from flux2_local.presets import models, parse_bytes, tiers
+from flux2_local.quant import builtin, convert, disk, measure
+from flux2_local.quant.formats import FORMATS, Format, numbers
+from flux2_local.quant.recipe import Recipe
+
+CPU = torch.device("cpu")
+HERE = probe("cpu")
+USABLE = [f.name for f in FORMATS.values() if f.reason_against(HERE, "bfloat16") is None]
+
+
+def pixels(flux):
+    return np.asarray(flux.generate("a red boat", **FIELDS).images[0].image).astype(int)
+
+
+def error(got, want):
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def need(name="klein-4b", tier="regular", variant="standard"):
+    preset = models()[name]
+    return Need(name, variant, tiers()[tier], family_architecture(preset), Work(1024, 1024))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# ---- formats ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", USABLE)
+def test_every_usable_format_is_as_close_as_it_says(name, dtype):
+    form = FORMATS[name]
+    if form.reason_against(HERE, dtype):
+        pytest.skip(form.reason_against(HERE, dtype))
+    kind = load.DTYPES[dtype]
+    weight, x = normal(96, 256) / 16, normal(2, 17, 256, seed=1).to(kind)
+    layer = convert.backend(form).quantize(weight, form, kind, CPU)
+    got = layer(x)
+    assert got.dtype == kind and got.shape == (2, 17, 96)
+    # Rounding to bfloat16 is 0.2 %; rows of 256 channels reach less far out than the 3072 that the loss is given for.
+    assert 0.3 * form.loss < error(got, x.float() @ weight.T) < form.loss + 0.004
+    assert torch.equal(layer(x[0]), got[0])
+
+
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-int8-rotated", "builtin-fp8", "builtin-fp8-rotated"])
+def test_builtin_layers_equal_the_reference(name):
+    form = FORMATS[name]
+    weight, x = normal(40, 160), normal(3, 19, 160, seed=1)
+    layer = builtin.quantize(weight, form, torch.float32, CPU)
+    block = 32 if form.rotation else 0
+    values, scale = quantize_rows.reference(x, builtin.values_of(form), block)
+    w, w_scale = quantize_rows.reference(weight, builtin.values_of(form), block)
+    want = linear_w8a8.reference(values, scale, w, w_scale[:, 0], torch.float32)
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_on_the_cpu_runs_int8_instructions():
+    layer = builtin.quantize(normal(64, 128), FORMATS["builtin-int8"], torch.bfloat16, CPU)
+    assert layer.arithmetic.product is builtin.int8_on_cpu
+
+
+def test_a_rotation_helps_where_channels_lie_far_out():
+    weight, x = normal(64, 256) / 16, normal(1, 32, 256, seed=1)
+    x[..., 7] *= 60
+    plain, rotated = (
+        error(builtin.quantize(weight, FORMATS[n], torch.float32, CPU)(x), x @ weight.T)
+        for n in ("builtin-int8", "builtin-int8-rotated")
+    )
+    assert rotated < plain / 2
+
+
+def test_blocks_of_the_rotation():
+    assert [builtin.rotation_for(k, 128) for k in (3072, 48, 160, 8, 100)] == [128, 16, 32, 0, 0]
+
+
+# ---- which layers ----
+
+
+def test_only_block_linears_are_quantized(dev_folder):
+    arch = load.architecture(store.find(dev_folder, "standard"))
+    with torch.device("meta"):
+        net = Flux2Transformer(arch.transformer)
+    names = block_linears(net)
+    outside = ("x_embedder", "context_embedder", "proj_out", "norm_out", "modulation", "time_guidance_embed")
+    assert names and not [n for n in names if any(o in n for o in outside)]
+    assert costs.block_parameters(arch)["transformer"] == sum(layer.weight.numel() for layer in names.values())
+
+
+def test_layers_are_kept_by_measured_error():
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(3))})
+    with torch.no_grad():
+        net["layers"][1].weight.mul_(0.01)[:, 0] = 5.0  # one column decides the scale, and its input is nearly nothing
+        net["layers"][2].weight.requires_grad_(False)
+    x = normal(1, 40, 64, seed=2)
+    x[..., 0] = 1e-4
+    recipe = Recipe("builtin-int8", threshold=0.1)
+    found = measure.errors(net, recipe, lambda: [net["layers"][i](x) for i in range(2)], torch.float32, CPU)
+    assert list(found) == ["layers.1", "layers.0"] and found["layers.0"] < 0.02 < 0.1 < found["layers.1"]
+    kept = recipe.keeping(found)
+    assert kept.keep == ("layers.1",) and set(kept.layers(net)) == {"layers.0", "layers.2"}
+
+
+# ---- whole models ----
+
+
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-int8-rotated"])
+def test_a_quantized_model_draws_nearly_the_same(dev_folder, name):
+    plain = Flux2.load(dev_folder, dtype="float32", quantize="none")
+    flux = Flux2.load(dev_folder, dtype="float32", quantize=name)
+    assert flux.plan.transformer.format == flux.plan.text_encoder.format == name and flux.plan.vae.format == "float32"
+    for network in (flux._components.transformer, flux._components.text_encoder):
+        assert not block_linears(network)
+        assert any(isinstance(m, builtin.QuantizedLinear) for m in network.modules())
+    assert flux._components.transformer.dtype == torch.float32
+    difference = np.abs(pixels(flux) - pixels(plain))
+    assert 0 < difference.mean() < 12
+    assert f"weights: {name} — asked for" in str(flux.plan)
+
+
+def test_weights_take_what_the_plan_predicts():
+    flux = Flux2.load("tiny", dtype="float32", quantize="builtin-int8")
+    arch = load.architecture(flux.checkpoint)
+    wanted = costs.weight_bytes(arch, "float32", FORMATS["builtin-int8"].weight_bytes)
+    for name in ("transformer", "text_encoder"):
+        module = getattr(flux._components, name)
+        held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        assert abs(held / wanted[name] - 1) < 0.03
+
+
+# ---- disk ----
+
+
+def files():
+    return sorted(disk.folder().glob("*")) if disk.folder().exists() else []
+
+
+def test_the_second_loading_reads_what_the_first_kept(dev_folder, monkeypatch):
+    first = pixels(Flux2.load(dev_folder, quantize="builtin-int8"))
+    assert len(files()) == 2 and all(p.suffix == ".safetensors" for p in files())
+    monkeypatch.setattr(convert, "convert", None)
+    monkeypatch.setattr(load, "fill_transformer", None)
+    assert np.array_equal(pixels(Flux2.load(dev_folder, quantize="builtin-int8")), first)
+
+
+@pytest.mark.parametrize("name", [n for n in USABLE if not FORMATS[n].not_kept])
+def test_every_format_comes_back_from_the_disk(tmp_path, name):
+    form = FORMATS[name]
+
+    def network():
+        return torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(256, 96, bias=False)])})
+
+    def fresh():
+        with torch.device("meta"):
+            return network()
+
+    net, x = network(), normal(1, 17, 256).bfloat16()
+    kept = disk.Kept("m-transformer", Recipe(name), torch.bfloat16, '{"a": 1}')
+    assert not kept.read(fresh(), CPU)
+    assert kept.write(net, convert.convert(net, kept.recipe, torch.bfloat16, CPU)) == ""
+    back = fresh()
+    assert kept.read(back, CPU)
+    assert torch.equal(back["layers"][0](x), net["layers"][0](x)) and form.name in name
+    assert not disk.Kept("m-transformer", Recipe(name), torch.bfloat16, '{"a": 2}').read(fresh(), CPU)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other facts", "a tensor missing", "a tensor of another shape"])
+def test_a_damaged_file_is_made_anew(dev_folder, damage):
+    want = pixels(Flux2.load(dev_folder, quantize="builtin-int8"))
+    path = next(p for p in files() if "transformer" in p.name)
+    whole = path.read_bytes()
+    tensors = dict(weights.read_files([path]))
+    name = next(n for n in tensors if n.endswith("linear_in.weight"))
+    facts = {"flux2-local": "{}" if damage == "other facts" else facts_of(path)}
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "garbage":
+        path.write_bytes(os.urandom(1000))
+    else:
+        changed = {k: v.clone() for k, v in tensors.items()}
+        if damage == "a tensor missing":
+            del changed[name]
+        elif damage == "a tensor of another shape":
+            changed[name] = changed[name][:5].clone()
+        path.unlink()
+        save_file(changed, path, facts)
+    assert np.array_equal(pixels(Flux2.load(dev_folder, quantize="builtin-int8")), want)
+    assert path.read_bytes() == whole
+
+
+def facts_of(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        return f.metadata()["flux2-local"]
+
+
+def test_a_changed_source_or_recipe_is_another_file(tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file({"a": normal(300, 300)}, source)
+    recipe = Recipe("builtin-int8")
+    before = disk.facts(recipe, torch.bfloat16, [source], [])
+    assert disk.facts(recipe, torch.bfloat16, [source], []) == before
+    stamp = source.stat().st_mtime_ns
+    with source.open("r+b") as f:
+        f.seek(-1000, 2)
+        f.write(b"\1\2\3\4")
+    os.utime(source, ns=(stamp, stamp))
+    changed = disk.facts(recipe, torch.bfloat16, [source], [])
+    others = {
+        disk.facts(replace(recipe, keep=("x",)), torch.bfloat16, [source], []),
+        disk.facts(Recipe("builtin-int8-rotated"), torch.bfloat16, [source], []),
+        disk.facts(recipe, torch.float32, [source], []),
+        disk.facts(recipe, torch.bfloat16, [source], [(source, 1.0)]),
+        disk.facts(recipe, torch.bfloat16, [source], [(source, 0.5)]),
+    }
+    assert len({before, changed, *others}) == 7
+
+
+def test_a_write_that_fails_leaves_nothing_and_is_said(dev_folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    flux = Flux2.load(dev_folder, quantize="builtin-int8")
+    assert any("could not be kept" in note for note in flux.notes)
+    assert not files()
+
+
+def test_old_files_of_a_network_are_dropped(dev_folder):
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False)])})
+    names = convert.convert(net, Recipe("builtin-int8"), torch.float32, CPU)
+    for number in range(4):
+        kept = disk.Kept("m-transformer", Recipe("builtin-int8"), torch.float32, f"{number}")
+        kept.write(net, names)
+        os.utime(kept.path, (number, number))
+    disk.Kept("m-transformer-2", Recipe("builtin-int8"), torch.float32, "0").write(net, names)
+    assert len(files()) == disk.KEPT_PER_NETWORK + 1 and kept.path in files()
+
+
+# ---- LoRA ----
+
+
+def test_a_lora_is_merged_before_quantizing(tmp_path, dev_folder):
+    state, facts = as_diffusers()
+    path = tmp_path / "lora.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path, facts)
+    merged = Flux2.load(dev_folder, dtype="float32", quantize="none", lora=(path, 0.7))
+    quantized = Flux2.load(dev_folder, dtype="float32", quantize="builtin-int8", lora=(path, 0.7))
+    plain = Flux2.load(dev_folder, dtype="float32", quantize="none")
+    name = "single_transformer_blocks.2.attn.to_qkv_mlp_proj"
+    dense, base, layer = (f._components.transformer.get_submodule(name) for f in (merged, plain, quantized))
+    back = layer.weight.float() * layer.scale[:, None]
+    assert error(back, dense.weight) < 0.02 < error(base.weight, dense.weight)
+    want, got, without = pixels(merged), pixels(quantized), pixels(plain)
+    assert np.abs(got - want).mean() < np.abs(without - want).mean() / 2
+    assert len(files()) == 2  # and the kept file is this adapter's: another strength makes another
+    Flux2.load(dev_folder, dtype="float32", quantize="builtin-int8", lora=(path, 0.2))
+    assert len(files()) == 3
+
+
+def test_adapters_reach_layers_that_are_kept():
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(2))})
+    before = net["layers"][1].weight.clone()
+    update = {f"layers.{i}": lora.Update(normal(4, 32), normal(32, 4), 1.0) for i in range(2)}
+    recipe = Recipe("builtin-int8", keep=("layers.1",))
+    convert.convert(net, recipe, torch.float32, CPU, lambda n, w: lora.added(n, w, [(update, 0.5)]))
+    torch.testing.assert_close(net["layers"][1].weight.data, before + 0.5 * normal(32, 4) @ normal(4, 32))
+
+
+# ---- plans ----
+
+
+def test_the_planner_quantizes_where_nothing_else_fits():
+    hw = from_preset("rtx-4060-ti-16gb")
+    wide, narrow = make_plan(need("klein-4b"), hw), make_plan(need("klein-9b"), hw)
+    assert wide.transformer.format == "bfloat16" and narrow.transformer.format == "builtin-int8"
+    choice = next(c for c in narrow.choices if c.what == "weights")
+    assert "smallest loss that fits" in choice.reason and choice.rejected[0][0] == "bfloat16"
+    assert narrow.vae.format == "bfloat16" and narrow.peak_bytes < hw.free
+    assert make_plan(need("dev"), from_preset("rtx-4090")).transformer.format == "builtin-int4"
+
+
+@pytest.mark.parametrize("quantize", ["none", "auto"])
+def test_what_must_not_be_quantized_is_not(quantize):
+    tier = "none" if quantize == "auto" else "regular"
+    with pytest.raises(BudgetError, match="bfloat16"):
+        make_plan(need("klein-9b", tier), from_preset("rtx-4060-ti-16gb"), quantize=quantize)
+
+
+def test_the_high_tier_takes_what_was_measured_faster(monkeypatch):
+    hw = from_preset("h200")
+    assert make_plan(need(tier="high"), hw).transformer.format == "bfloat16"
+    monkeypatch.setitem(FORMATS, "builtin-int8", replace(FORMATS["builtin-int8"], faster=(90,)))
+    assert make_plan(need(tier="high"), hw).transformer.format == "builtin-int8"
+    assert make_plan(need(tier="regular"), hw).transformer.format == "bfloat16"
+    assert make_plan(need(tier="high"), from_preset("rtx-4090")).transformer.format == "bfloat16"
+
+
+def test_a_format_named_is_used_or_refused():
+    hw = from_preset("h200")
+    assert make_plan(need(), hw, quantize="builtin").transformer.format == "builtin-fp8"
+    assert make_plan(need(), from_preset("rtx-3090"), quantize="builtin").transformer.format == "builtin-int8"
+    assert make_plan(need(), hw, quantize="builtin-int4").transformer.format == "builtin-int4"
+    with pytest.raises(BackendUnavailableError, match=r"compute capability 8.9.*builtin-int8"):
+        make_plan(need(), from_preset("rtx-3090"), quantize="builtin-fp8")
+
+
+def test_a_format_named_wrongly_is_refused_at_once(dev_folder):
+    with pytest.raises(RequestError, match="builtin-int8"):
+        Flux2.load(dev_folder, quantize="int9")
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        Flux2.load(dev_folder, device="cpu", quantize="builtin-fp8")
+
+
+def test_a_missing_package_says_how_to_get_it():
+    form = Format("x", "torchao", 1, 0.01, packages=(("no-such-package", "1.2"),))
+    assert "pip install no-such-package" in form.reason_against(HERE, "bfloat16")
+    old = Format("x", "torchao", 1, 0.01, packages=(("torch", "99.0"),))
+    assert "pip install --upgrade torch" in old.reason_against(HERE, "bfloat16")
+    assert numbers("0.18.0+cpu") == (0, 18, 0) and numbers("2.7rc1") > numbers("2.7") > numbers("0.18")
+
+
+def test_a_small_budget_is_met_by_quantizing():
+    checkpoint = store.find("tiny", "standard")
+    arch = load.architecture(checkpoint)
+    work = Need("tiny", "standard", tiers()["regular"], arch, Work(512, 512))
+    exact = make_plan(work, HERE, quantize="none").peak_bytes
+    with pytest.raises(BudgetError) as caught:
+        make_plan(work, HERE, 1, quantize="none")
+    plan = make_plan(work, HERE, caught.value.smallest - 2**20)
+    assert plan.transformer.format.startswith("builtin-") and plan.peak_bytes < exact
+    assert parse_bytes("1MiB") == 2**20 and quant.find("builtin", HERE, plan.dtype).name == "builtin-int8"
