@@ -123,6 +123,22 @@ def train_on(run: Run, sizes: dict[tuple[int, int], float]) -> None:
     trainer.fit(flow_batches(samples), lambda *b: flow_loss(model, *b), report)
 
 
+@torch.no_grad()
+def forget_guidance(model: Flux2Transformer2DModel) -> None:
+    """Make the guidance scale mean nothing yet: ``flow`` has only ever seen 1, and what the network makes of any other is
+    noise. What the embedding of 1 adds moves into the timestep's embedding (by least squares over all timesteps, since
+    neither has a bias), and the guidance embedding's last layer starts at zero."""
+    embed = model.time_guidance_embed
+    time, guide = embed.timestep_embedder, embed.guidance_embedder
+    constant = guide(embed.time_proj(torch.full((1,), 1000.0)).to(guide.linear_1.weight))[0]
+    hidden = F.silu(time.linear_1(embed.time_proj(torch.arange(0.0, 1000.0)).to(time.linear_1.weight)))
+    fit = torch.linalg.lstsq(hidden.double().cpu(), constant.double().cpu().expand(len(hidden), -1), driver="gelsd")
+    error = hidden.double().cpu() @ fit.solution - constant.double().cpu()
+    print(f"guidance: left of the constant {float(error.norm(dim=1).mean() / constant.norm()):.4f}", flush=True)
+    time.linear_2.weight += fit.solution.T.to(time.linear_2.weight)
+    guide.linear_2.weight.zero_()
+
+
 def train_guidance(run: Run) -> None:
     torch._dynamo.config.recompile_limit = 64
     teacher = build().to(run.device)
@@ -130,6 +146,7 @@ def train_guidance(run: Run) -> None:
     teacher.requires_grad_(False)
     student = build().to(run.device)
     student.load_state_dict(teacher.state_dict())
+    forget_guidance(student)
     trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
     samples = Samples(run, Reader(run), shares(run))
     empty = samples.reader([""])

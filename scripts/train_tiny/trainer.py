@@ -7,6 +7,7 @@ stays, and falls linearly to a tenth over the last quarter of the minutes given,
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 """A checkpoint's names for what an optimizer remembers of a parameter."""
 
-INNER = 16
-"""A weight with fewer rows or columns than this counts as a first or a last layer's."""
+INNER = re.compile(r"(blocks|layers)\.\d+\.|teller|^\d+\.")
+"""Names of what lies inside a network. Embedders and modulations see few directions at a time, and steps that are made
+orthogonal would follow the noise in all the others."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Trainer:
         name: of the checkpoint file, ``<work>/<name>.safetensors``; found there, training goes on from it.
         model: its parameters with ``requires_grad`` are trained, averaged and saved.
         lr: peak learning rate of AdamW.
-        muon: peak learning rate of :class:`Muon` for the weights between the first and the last layer; None: AdamW for all.
+        muon: peak learning rate of :class:`Muon` for the matrices of blocks and layers; None: AdamW for all.
         ema: decay of the average per step, once warmed up.
     """
 
@@ -140,7 +142,7 @@ class Trainer:
         self.run, self.name, self.model, self.decay = run, name, model, ema
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.params.items()}
-        inner = [p for p in self.params.values() if muon and p.ndim > 1 and min(p.flatten(1).shape) >= INNER]
+        inner = [p for n, p in self.params.items() if muon and INNER.search(n) and p.ndim > 1 and len(p) > 1]
         chosen = {id(p) for p in inner}
         outer = [p for p in self.params.values() if id(p) not in chosen]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -168,10 +170,12 @@ class Trainer:
                 for optimizer in self.optimizers:
                     if all(p is not q for q in optimizer.param_groups[0]["params"]) or f"m.{n}" not in state:
                         continue
-                    optimizer.state[p] = {"exp_avg": state[f"m.{n}"].to(p.device)}
-                    if f"v.{n}" in state:
-                        optimizer.state[p] |= {
+                    if isinstance(optimizer, Muon):
+                        optimizer.state[p] = {"exp_avg": state[f"m.{n}"].to(p.device)}
+                    elif f"v.{n}" in state:
+                        optimizer.state[p] = {
                             "step": torch.tensor(float(self.step)),
+                            "exp_avg": state[f"m.{n}"].to(p.device),
                             "exp_avg_sq": state[f"v.{n}"].to(p.device),
                         }
         print(f"{self.name}: going on from step {self.step}", flush=True)
