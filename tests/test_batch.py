@@ -381,11 +381,11 @@ def test_a_full_disk(tmp_path, layout):
     if made.returncode:
         pytest.skip("needs to mount a tmpfs")
     try:
-        job = job_of([{"prompt": f"number {n}"} for n in range(150)])
+        job = job_of([{"prompt": f"number {n}"} for n in range(400)])
         do(tmp_path / "whole", job, layout=layout)
         with pytest.raises(errors.OutputError, match="No space left"):
             do(disk / "out", job, layout=layout)
-        assert 10 < len((disk / "out" / "manifest.jsonl").read_bytes().splitlines()) < 150
+        assert 10 < len((disk / "out" / "manifest.jsonl").read_bytes().splitlines()) < 400
         with pytest.raises(errors.OutputError, match="left"):
             do(disk / "out", job, layout=layout, resume=True)
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
