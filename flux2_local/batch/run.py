@@ -16,7 +16,7 @@ from .. import files
 from ..errors import Flux2Error, OutputError
 from .job import Job, Picture
 from .manifest import Manifest, Record
-from .stores import Store, TakenError, make_store
+from .stores import Store, TakenError, clear, make_store
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -163,6 +163,8 @@ def open_batch(job: Job, target: Target) -> Iterator[Batch]:
     files.check_folder(target.folder, 2**20)
     with ExitStack() as stack:
         stack.enter_context(lock(target.folder))
+        for folder in {target.folder, store.manifest.parent}:
+            clear(folder)
         check_free(job, target, store)
         if target.overwrite:
             store.manifest.unlink(missing_ok=True)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ..result import ImageFile
     from .job import Picture
 
-LEFT_BEHIND = re.compile(r"^\.(\d{6,}-\d{3,}-.+)\.[^.]+\.part$")
-"""Temporary files of pictures, as :func:`flux2_local.files.write` names them."""
+LEFT_BEHIND = re.compile(
+    r"^\.(\d{6,}-\d{3,}-.+|(manifest|metadata)\.jsonl|manifest\.parquet|batch\.json)(\.[^.]+)?\.part$"
+)
+"""Temporary files of a batch, as :func:`flux2_local.files.write` and :mod:`.manifest` name them."""
 
 
 class TakenError(Exception):
@@ -76,9 +78,6 @@ class Folder:
 
     def begin(self, done: Iterable[Entry]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(".*.part"):
-            if LEFT_BEHIND.match(path.name):
-                path.unlink(missing_ok=True)
 
     def keep(self, picture: Picture, image: ImageFile, record: Record) -> Record:
         path = self.folder / picture.file_name
@@ -202,6 +201,13 @@ def make_store(layout: str, folder: Path, shard_size: int = 1000, overwrite: boo
     if layout == "imagefolder":
         return Folder(folder / "train", "metadata.jsonl", overwrite)
     return Shards(folder, shard_size)
+
+
+def clear(folder: Path) -> None:
+    """Remove the temporary files that a killed batch left in ``folder``."""
+    for path in folder.glob(".*.part"):
+        if LEFT_BEHIND.match(path.name):
+            path.unlink(missing_ok=True)
 
 
 def find_manifest(folder: Path) -> Path:

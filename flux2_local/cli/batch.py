@@ -290,7 +290,7 @@ def run(
     meter, stop = Meter(not (as_json or quiet)), Stop()
     with open_batch(job, target) as work:
         if work.left:
-            with stop.listening(), loaded(loading, devices, stop, meter) as (engine, facts):
+            with loaded(loading, devices, stop, meter) as (engine, facts), stop.listening():
                 for note in work.settle(facts):
                     meter.say(f"note: {note}")
                 try:
