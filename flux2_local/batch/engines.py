@@ -119,7 +119,8 @@ class Process:
             if told["ends"]:
                 raise rebuilt(told)
             return rebuilt(told)
-        image = ImageFile(data, *told["size"], told["content_type"], told["file_name"], told["settings"])
+        width, height = told["size"]
+        image = ImageFile(data, width, height, told["content_type"], told["file_name"], told["settings"])
         return Result((image,), Timings(), told["seed"], (told["nsfw"],), told["prompt"])
 
     def stop(self) -> None:
