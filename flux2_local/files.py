@@ -73,6 +73,17 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` last through a power loss, where the system lets a program ask for it."""
+    if os.name == "nt":  # a folder cannot be opened there; its journal keeps the order
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def free_name(path: Path) -> Path:
     """``path``, or the first of path-2, path-3, … that does not exist."""
     number, candidate = 2, path

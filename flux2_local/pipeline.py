@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
 from .costs import Work
-from .errors import BackendUnavailableError, BudgetError, OutOfMemoryError, RequestError
+from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, PlanError, RequestError
 from .hardware import Hardware, from_preset, probe
 from .plan import Need, Plan, built, make_plan
 from .presets import devices, parse_bytes, tiers
 from .progress import CancelCheck, OnProgress, Progress, Reporter
-from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
+from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, derive_seed, make_request
 from .result import ImageFile, Result, Timings
 from .version import __version__
 
@@ -173,6 +173,50 @@ class Flux2:
             if is_out_of_memory(error):
                 raise self._out_of_memory(request) from error
             raise
+
+    def generate_many(
+        self,
+        requests: Iterable[str | dict[str, Any] | Request],
+        *,
+        job_seed: int = 0,
+        return_errors: bool = False,
+        progress: OnProgress | None = None,
+        cancel: CancelCheck | None = None,
+    ) -> Iterator[Result | Flux2Error]:
+        """One result per request, in order, each made when it is asked for. Repeated prompts are encoded once.
+
+        Args:
+            requests: prompts, fields by name, or whole requests; read one at a time.
+            job_seed: a request without a seed gets one that follows from this and its position, so that the same
+                requests give the same pictures every time.
+            return_errors: give the error in place of the result of a request that is wrong or does not fit, and go on.
+            progress, cancel: as :meth:`generate`.
+
+        Raises:
+            Flux2Error: as :meth:`generate`; with ``return_errors`` only what ends all requests alike.
+        """
+        from .text.memory import forgetting, remembering
+
+        try:
+            for line, request in enumerate(requests, 1):
+                with self._turn:
+                    self._components = remembering(self._components)
+                fields = {"prompt": request} if isinstance(request, str) else request
+                if isinstance(fields, Request):
+                    fields = {k: getattr(fields, k) for k in fields.model_fields_set}
+                if fields.get("seed") is None:
+                    fields = {**fields, "seed": derive_seed(job_seed, line)}
+                try:
+                    given = make_request(self.settings.variant, fields)
+                    result: Result | Flux2Error = self.generate(given, progress=progress, cancel=cancel)
+                except (RequestError, PlanError, OutOfMemoryError) as error:
+                    if not return_errors:
+                        raise
+                    result = error
+                yield result
+        finally:
+            with self._turn:
+                self._components = forgetting(self._components)
 
     def _plan_for(self, request: Request) -> Plan:
         """How this request runs: its size and acceleration may ask for more than the weights were loaded for.

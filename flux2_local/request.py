@@ -5,6 +5,7 @@ Sources: ``spec`` of fal-ai/flux-2 (fields, defaults, ranges) and its size prese
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 import secrets
 from typing import Any, Literal
@@ -104,6 +105,22 @@ class Request(BaseModel):
     def seeded(self) -> Request:
         """This request with a seed: its own, or a random one below 2^53."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(RANDOM_SEEDS)})
+
+
+def derive_seed(job_seed: int, line: int, combination: int = 0) -> int:
+    """The seed of a request that names none, below 2^53: the same for the same place in the same job, on every machine."""
+    digest = hashlib.sha256(f"{job_seed}/{line}/{combination}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % RANDOM_SEEDS
+
+
+def parse_size(text: str | None) -> str | dict[str, int] | None:
+    """ "1024x768" -> width and height; a preset's name stays as it is."""
+    if text is None:
+        return None
+    width, x, height = text.lower().partition("x")
+    if x and width.isdigit() and height.isdigit():
+        return {"width": int(width), "height": int(height)}
+    return text
 
 
 def make_request(variant: Variant, fields: dict[str, Any]) -> Request:

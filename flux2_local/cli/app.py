@@ -8,11 +8,11 @@ import typer
 from typer.core import TyperGroup
 
 from ..version import __version__
-from . import generate, inspect, serve
+from . import batch, generate, inspect, serve
 
 EXIT_HELP = """
-Exit codes: 0 done, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5 no safety classifier,
-6 cannot write, 130 stopped.
+Exit codes: 0 done, 1 a batch with failures, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5
+no safety classifier, 6 cannot write, 130 stopped.
 """
 
 
@@ -54,6 +54,14 @@ def top(
 
 app.command("generate", help="Turn a prompt into pictures (the default command).")(generate.generate)
 app.command("edit", help="Change or combine pictures: like generate, with at least one --image.")(generate.edit)
+app.command(
+    "batch",
+    help="Make every picture of a file of prompts: the model is loaded once, and nothing is lost or made twice.\n\n"
+    "Each picture gets a line in the manifest when it is finished. After Ctrl-C, a crash or a full disk, the same command "
+    "with --resume goes on where it stopped. The same lines and options give the same files, byte for byte.",
+    epilog="Exit codes: 0 all done, 1 some lines or pictures failed and the others are done, the rest as above.",
+)(batch.batch)
+app.command("sheet", help="Draw a batch's contact sheet and write its gallery, one HTML file.")(batch.sheet)
 app.command("serve", help="Answer fal's HTTP API on this machine, with a queue and a page to try it.")(serve.serve)
 app.command("plan", help="Say how a request would run on this machine or on a known card, and why.")(inspect.plan)
 app.command("models", help="List the models, what is on this disk and what fits.")(inspect.models)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..request import ACCELERATIONS, SIZES, VARIANTS
+from ..request import parse_size as parse_size
 
 
 def _one_of(values: tuple[str, ...]) -> str:
@@ -59,16 +60,6 @@ Size = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="4 to 50, standard only (default 28, or the model's own).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def parse_size(text: str | None) -> str | dict[str, int] | None:
-    """ "1024x768" -> width and height; a preset's name stays as it is."""
-    if text is None:
-        return None
-    width, x, height = text.lower().partition("x")
-    if x and width.isdigit() and height.isdigit():
-        return {"width": int(width), "height": int(height)}
-    return text
 
 
 def parse_loras(texts: list[str] | None) -> list[tuple[str, float]]:

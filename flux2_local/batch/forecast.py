@@ -1,0 +1,93 @@
+"""What a batch will take, before it is run: pictures, seconds and bytes, from the planner's cost model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..explore import plan_for
+from ..pipeline import Settings
+from ..plan import Plan
+from ..request import Request
+from .job import Job
+
+BYTES_PER_PIXEL = {"png": 1.6, "jpeg": 0.45, "webp": 0.25}
+"""Of photographs at the qualities that :mod:`..images` writes; drawings take less."""
+
+RECORD_BYTES = 900
+
+
+@dataclass(frozen=True)
+class Share:
+    """The pictures of a job that run alike."""
+
+    count: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A job's prediction.
+
+    Attributes:
+        count, prompts: pictures, and different prompts among neighbours, each encoded once.
+        seconds: of generating on one device, loading not included.
+        size: bytes on the disk, about.
+        shares: the kinds of pictures, largest share first.
+    """
+
+    count: int
+    prompts: int
+    seconds: float
+    size: int
+    shares: tuple[Share, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        plans = [
+            {
+                "pictures": s.count,
+                "width": s.plan.work.width,
+                "height": s.plan.work.height,
+                "steps": s.plan.work.steps,
+                "acceleration": s.plan.acceleration,
+                "seconds_each": s.plan.seconds,
+                "plan": str(s.plan),
+            }
+            for s in self.shares
+        ]
+        return {"prompts": self.prompts, "seconds": self.seconds, "bytes": self.size, "plans": plans}
+
+
+def forecast(job: Job, model: str | Path | None, settings: Settings, device: str | None) -> Forecast:
+    """Predict a job on this machine or a known card.
+
+    Raises:
+        ModelError, PlanError: as loading would.
+    """
+    kinds: Counter[tuple[Any, ...]] = Counter()
+    examples: dict[tuple[Any, ...], Request] = {}
+    size, prompts, last = 0.0, 0, None
+    for picture in job.pictures():
+        request = picture.request
+        width, height = request.size
+        kind = (width, height, request.num_inference_steps, request.acceleration)
+        kinds[kind] += 1
+        examples.setdefault(kind, request)
+        size += RECORD_BYTES + width * height * BYTES_PER_PIXEL[request.output_format]
+        prompts += request.prompt != last
+        last = request.prompt
+    shares = [Share(count, plan_of(examples[kind], model, settings, device)) for kind, count in kinds.most_common()]
+    seconds = sum(s.count * (s.plan.seconds - s.plan.encode_seconds) for s in shares)
+    seconds += prompts * max((s.plan.encode_seconds for s in shares), default=0.0)
+    return Forecast(job.count, prompts, seconds, int(size), tuple(shares))
+
+
+def plan_of(request: Request, model: str | Path | None, settings: Settings, device: str | None) -> Plan:
+    """The plan for a request, whose own acceleration wins."""
+    from dataclasses import replace
+
+    own = replace(settings, acceleration=request.acceleration or settings.acceleration)
+    return plan_for(model, own, request, device, None)

@@ -1,0 +1,280 @@
+"""Doing a job: open the folder, skip what is finished, store every picture and then its manifest line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import files
+from ..errors import Flux2Error, OutputError
+from .job import Job, Picture
+from .manifest import Manifest, Record
+from .stores import Store, TakenError, clear, make_store
+
+if TYPE_CHECKING:
+    from ..result import Result
+
+Engine = Callable[[Iterator[Picture]], Iterator[tuple[Picture, "Result | Flux2Error"]]]
+"""Makes pictures: takes them one at a time and gives each back, in order, with its result or why there is none."""
+
+FACTS = "batch.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a batch goes.
+
+    Attributes:
+        folder: for pictures and manifest.
+        layout: "files", "imagefolder" or "webdataset".
+        shard_size: pictures per WebDataset shard.
+        resume: go on with what is there.
+        overwrite: begin anew and write over what is there.
+    """
+
+    folder: Path
+    layout: str = "files"
+    shard_size: int = 1000
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that was not made, and why."""
+
+    line: int
+    number: int
+    reason: str
+
+
+@dataclass
+class Batch:
+    """A job on its way into its folder. Make one with :func:`open_batch`.
+
+    Attributes:
+        before: pictures that an earlier run had finished.
+        made: pictures that this run has finished.
+        failures: pictures that could not be made; the next run tries them again.
+    """
+
+    job: Job
+    target: Target
+    store: Store
+    manifest: Manifest
+    before: int
+    made: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since work began."""
+        return time.perf_counter() - self.start
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second of this run."""
+        return self.made / self.seconds
+
+    @property
+    def left(self) -> int:
+        """Pictures still to be made or tried."""
+        return self.job.count - self.before - self.made - len(self.failures)
+
+    def settle(self, facts: Record) -> list[str]:
+        """Compare what makes the pictures with what made those that are there.
+
+        Args:
+            facts: ``fixed``, which pictures of one batch must share, and ``machine``, which may move their last bits.
+
+        Returns:
+            Notes on what differs without being wrong.
+
+        Raises:
+            OutputError: something fixed differs.
+        """
+        path = self.target.folder / FACTS
+        sweep = {"job_seed": self.job.sweep.job_seed, "layout": self.target.layout}
+        if self.target.layout == "webdataset":
+            sweep["shard_size"] = self.target.shard_size
+        facts = {"fixed": {**facts["fixed"], **sweep}, "machine": facts["machine"]}
+        try:
+            known = json.loads(path.read_bytes()) if self.before else None
+        except (OSError, ValueError):
+            known = None
+        if known is None:
+            files.write(path, json.dumps(facts, indent=1).encode() + b"\n")
+            return []
+        if wrong := differences(known.get("fixed", {}), facts["fixed"]):
+            raise OutputError(
+                f"{self.target.folder} was begun with other options: {wrong}. Use the same ones, or another folder with -o."
+            )
+        moved = differences(known.get("machine", {}), facts["machine"])
+        return (
+            [f"The folder was begun on another machine or setup, which can move last bits: {moved}."] if moved else []
+        )
+
+    def work(self, engine: Engine, tell: Callable[[Batch], Any] = lambda batch: None) -> None:
+        """Make and store every picture that is not there yet.
+
+        Raises:
+            OutputError: the disk is full, or the folder cannot be written.
+            Cancelled: the caller stopped it. What is finished is kept.
+            Flux2Error: something that no picture could be made under.
+        """
+        self.start = time.perf_counter()
+        todo = (p for p in self.job.pictures() if (p.line, p.number) not in self.manifest.done)
+        for picture, result in engine(todo):
+            if isinstance(result, Flux2Error):
+                self.failures.append(Failure(picture.line, picture.number, str(result)))
+            else:
+                self.keep(picture, result)
+            tell(self)
+
+    def keep(self, picture: Picture, result: Result) -> None:
+        """Store a picture, then say so in the manifest."""
+        try:
+            stored = self.store.keep(picture, result.images[0], make_record(picture, result))
+        except TakenError as error:
+            self.failures.append(Failure(picture.line, picture.number, f"{error}."))
+            return
+        self.manifest.append(stored)
+        self.made += 1
+
+
+@contextmanager
+def open_batch(job: Job, target: Target) -> Iterator[Batch]:
+    """Check the target and open it, before any model is loaded. No other process can work on it meanwhile.
+
+    Raises:
+        OutputError: it holds pictures and neither resuming nor overwriting was asked for; it is at work already; it was
+            made from other lines; it cannot be written.
+        RequestError: no such layout.
+    """
+    store = make_store(target.layout, target.folder, target.shard_size, target.overwrite)
+    files.check_folder(target.folder, 2**20)
+    with ExitStack() as stack:
+        stack.enter_context(lock(target.folder))
+        for folder in {target.folder, store.manifest.parent}:
+            clear(folder)
+        check_free(job, target, store)
+        if target.overwrite:
+            store.manifest.unlink(missing_ok=True)
+        manifest = stack.enter_context(Manifest(store.manifest, store.intact))
+        check_same(job, manifest)
+        store.begin(manifest.done.values())
+        batch = Batch(job, target, store, manifest, count_done(job, manifest))
+        try:
+            yield batch
+        except BaseException:
+            with suppress(OSError):
+                store.end(manifest.done.values())
+            raise
+        try:
+            store.end(manifest.done.values())
+        except OSError as error:
+            raise OutputError(f"{target.folder} cannot be completed: {files.reason(error)}.") from error
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other batches out of ``folder``; ends with the process, however it ends.
+
+    Raises:
+        OutputError: another batch is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two batches in one folder are the user's care
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"Another batch is at work in {folder}. Wait for it, or name another folder.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_free(job: Job, target: Target, store: Store) -> None:
+    """Never write over what is there unasked.
+
+    Raises:
+        OutputError: a manifest without --resume, or a file in the way.
+    """
+    if target.overwrite or (target.resume and store.manifest.exists()):
+        return
+    if store.manifest.exists():
+        raise OutputError(
+            f"{target.folder} holds a batch already. Say --resume to go on with it, --overwrite to begin anew, or name "
+            f"another folder with -o."
+        )
+    facts = target.folder / FACTS
+    if (path := facts if facts.exists() else store.clash(job.pictures())) is not None:
+        raise OutputError(f"{path} exists and would be written over. Name another folder with -o, or say --overwrite.")
+
+
+def check_same(job: Job, manifest: Manifest) -> None:
+    """Make sure that what is there was made from these lines.
+
+    Raises:
+        OutputError: naming the first line that has changed.
+    """
+    if not manifest.done:
+        return
+    for picture in job.pictures():
+        entry = manifest.done.get((picture.line, picture.number))
+        if entry is not None and entry.request != picture.digest:
+            raise OutputError(
+                f"Line {picture.line} asks for something else than {entry.file_name} was made from. Resume with the same "
+                f"lines and options (new lines go at the end), or name another folder with -o."
+            )
+
+
+def count_done(job: Job, manifest: Manifest) -> int:
+    """How many of the job's pictures are finished."""
+    return sum((p.line, p.number) in manifest.done for p in job.pictures()) if manifest.done else 0
+
+
+def differences(before: Record, now: Record) -> str:
+    """What two records say differently, in words."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)} then, {now.get(name)} now" for name in names)
+
+
+def make_record(picture: Picture, result: Result) -> Record:
+    """A picture's manifest line: flat, with the same names in every line, and nothing that differs between two runs."""
+    image = result.images[0]
+    kept = image.settings
+    return {
+        "file_name": picture.file_name,
+        "line": picture.line,
+        "picture": picture.number,
+        "prompt": picture.request.prompt,
+        "expanded_prompt": kept.get("expanded_prompt"),
+        "seed": result.seed,
+        "width": image.width,
+        "height": image.height,
+        "nsfw": result.has_nsfw_concepts[0],
+        **{name: kept[name] for name in ("guidance_scale", "steps", "model", "variant", "acceleration", "dtype")},
+        "lora": [f"{name}={strength}" for name, strength in kept.get("lora", [])],
+        "images": kept.get("images", []),
+        "output_format": picture.request.output_format,
+        "version": kept["version"],
+        "request": picture.digest,
+        "bytes": image.file_size,
+        "sha256": hashlib.sha256(image.data).hexdigest(),
+    }

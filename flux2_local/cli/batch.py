@@ -1,0 +1,402 @@
+"""``flux2-local batch`` and ``sheet``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import Cancelled, RequestError
+from . import generate, options
+
+if TYPE_CHECKING:
+    from ..batch.engines import Pool
+    from ..batch.job import Job
+    from ..batch.run import Batch, Target
+    from ..pipeline import Flux2
+
+FAILED = 1
+SHOWN = 20
+TELL_SECONDS = 10.0
+
+Prompts = Annotated[
+    Path,
+    typer.Argument(
+        help="JSONL (a request's fields per line, or a prompt in quotes), CSV (the first row names fields) or plain text "
+        "(a prompt per line); - reads standard input.",
+        show_default=False,
+    ),
+]
+
+
+class Stop:
+    """Ctrl-C, and what a scheduler sends before it kills: the first asks to stop, the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Done, rate, time left and failures, on standard error: one line that changes, or a line now and then."""
+
+    def __init__(self, show: bool) -> None:
+        self.show, self.live, self.told = show, sys.stderr.isatty(), time.perf_counter()
+        self.reported = 0
+
+    def __call__(self, batch: Batch) -> None:
+        if not self.show:
+            return
+        for failure in batch.failures[self.reported :]:
+            self.say(f"line {failure.line}, picture {failure.number}: {failure.reason}")
+        self.reported = len(batch.failures)
+        if self.live:
+            print(f"\r\x1b[K{progress_line(batch)}", end="", file=sys.stderr, flush=True)
+        elif time.perf_counter() - self.told >= TELL_SECONDS:
+            self.told = time.perf_counter()
+            self.say(progress_line(batch))
+
+    def say(self, text: str) -> None:
+        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, flush=True)
+
+
+def progress_line(batch: Batch) -> str:
+    """One line about a running batch."""
+    failed = f", {len(batch.failures)} failed" if batch.failures else ""
+    left = f", {duration(batch.left / batch.rate)} left" if batch.made and batch.left else ""
+    return f"{batch.before + batch.made} of {batch.job.count} done{failed}, {speed(batch.rate)}{left}"
+
+
+def speed(rate: float) -> str:
+    return f"{rate:.2f} pictures/s" if rate >= 1 else f"{1 / rate:.1f} s/picture" if rate else "0 pictures/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def batch(
+    prompts: Prompts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("outputs/batch"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in the folder; the same command otherwise.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew and write over what is in the folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the lines and predict pictures, time and disk.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Do nothing at all if any line is bad (default: do the others).")
+    ] = False,
+    repeat: Annotated[int, typer.Option("--repeat", help="Pictures per line, with consecutive seeds.")] = 1,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Make every line with each of these seeds, such as 1,2,10-19.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="FIELD=VALUE,VALUE,… makes every line with each; several make all combinations."),
+    ] = None,
+    job_seed: Annotated[int, typer.Option("--job-seed", help="Where the seeds of lines without one come from.")] = 0,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="files (with manifest.jsonl), imagefolder (train/ with metadata.jsonl, as Hugging Face datasets reads) or "
+            "webdataset (tar shards).",
+        ),
+    ] = "files",
+    shard_size: Annotated[int, typer.Option("--shard-size", help="Pictures per WebDataset shard.")] = 1000,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the manifest as manifest.parquet too, at the end.")
+    ] = False,
+    input_format: Annotated[
+        str | None, typer.Option("--input-format", help="jsonl, csv or text (default: by the file's ending).")
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", help="One process per device, such as cuda:0,cuda:1 (default: this process alone)."),
+    ] = None,
+    model: options.Model = None,
+    variant: options.VariantOption = None,
+    acceleration: options.AccelerationOption = None,
+    size: options.Size = None,
+    steps: options.Steps = None,
+    guidance: generate.Guidance = None,
+    expand: generate.Expand = None,
+    form: Annotated[str | None, typer.Option("--format", "-f", help="png, jpeg or webp (default png).")] = None,
+    safety_checker: generate.Safety = None,
+    lora: options.LoraOption = None,
+    vram: options.Vram = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    attention: options.Attention = None,
+    quantize: options.Quantize = None,
+    base: options.Base = None,
+    as_json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    from ..batch.run import Target
+
+    defaults = {
+        "guidance_scale": guidance, "num_inference_steps": steps, "image_size": options.parse_size(size),
+        "enable_prompt_expansion": expand, "enable_safety_checker": safety_checker, "output_format": form,
+    }  # fmt: skip
+    loading = {
+        "model": model, "variant": variant or "standard", "acceleration": acceleration, "vram": vram, "device": device,
+        "lora": options.parse_loras(lora) or None, "dtype": dtype,
+        "attention": attention, "quantize": quantize, "base": base,
+    }  # fmt: skip
+    loading = {k: v for k, v in loading.items() if v is not None}
+    if resume and overwrite:
+        raise RequestError("--resume goes on and --overwrite begins anew; say one of them.")
+    if devices is not None and device is not None:
+        raise RequestError("--device names one device and --devices several; say one of them.")
+    if parquet:
+        from ..batch.manifest import require_parquet
+
+        require_parquet()
+    job = read_job(prompts, input_format, loading, defaults, (grid, seeds, repeat, job_seed), strict, as_json)
+    target = Target(output, layout, shard_size, resume, overwrite)
+    if dry_run:
+        predict(job, target, loading, as_json)
+    else:
+        names = [name.strip() for name in devices.split(",")] if devices else []
+        run(job, target, loading, names, parquet, as_json, quiet)
+    if job.bad:
+        raise typer.Exit(FAILED)
+
+
+def read_job(
+    prompts: Path,
+    input_format: str | None,
+    loading: dict[str, Any],
+    defaults: dict[str, Any],
+    sweep: tuple[list[str] | None, str | None, int, int],
+    strict: bool,
+    as_json: bool,
+) -> Job:
+    """Read and check every line.
+
+    Raises:
+        RequestError: the options are wrong, no line is good, or with ``strict`` any is bad.
+    """
+    from ..batch import lines
+    from ..batch.job import Sweep, make_job, parse_grid, parse_seeds
+    from ..pipeline import make_settings
+    from ..request import make_request
+
+    grid, seeds, repeat, job_seed = sweep
+    variant = make_settings(loading["variant"], loading.get("acceleration", "regular"), None, None, None).variant
+    defaults = {k: v for k, v in defaults.items() if v is not None}
+    make_request(variant, {"prompt": "a check of the options", **defaults})
+    if variant != "standard" and "acceleration" in loading:
+        make_request(variant, {"prompt": "a check of the options", "acceleration": loading["acceleration"]})
+    values = parse_grid(grid or ())
+    if seeds is not None:
+        if "seed" in values:
+            raise RequestError("--seeds and --grid seed=… say the same thing; say one of them.")
+        values["seed"] = parse_seeds(seeds)
+    job = make_job(lines.read(prompts, input_format), Sweep(variant, defaults, values, repeat, job_seed))
+    if not as_json:
+        tell_bad(job)
+    if strict and job.bad:
+        raise RequestError(
+            f"{len(job.bad)} of the lines cannot be used, and --strict says to do all or nothing; nothing was done. The first "
+            f"is line {job.bad[0].number}: {job.bad[0].reason}"
+        )
+    if not job.lines:
+        first = f" Line {job.bad[0].number}: {job.bad[0].reason}" if job.bad else ""
+        raise RequestError(f"There is no line to make a picture of in {prompts}.{first}")
+    return job
+
+
+def tell_bad(job: Job) -> None:
+    """The lines that cannot be used, the first of them by name."""
+    for bad in job.bad[:SHOWN]:
+        print(f"line {bad.number}: {bad.reason}", file=sys.stderr)
+    if len(job.bad) > SHOWN:
+        print(f"and {len(job.bad) - SHOWN} more bad lines (--json lists all)", file=sys.stderr)
+
+
+def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) -> None:
+    """What ``--dry-run`` prints."""
+    from ..batch.forecast import forecast
+    from ..pipeline import make_settings
+    from ..presets import show_bytes
+
+    wishes = {name: loading.get(name, "auto") for name in ("attention", "quantize")}
+    settings = make_settings(
+        loading["variant"],
+        loading.get("acceleration", "regular"),
+        loading.get("vram"),
+        loading.get("dtype"),
+        None,
+        **wishes,
+    )
+    told = forecast(job, loading.get("model"), settings, loading.get("device"))
+    if as_json:
+        facts = {
+            "pictures": job.count,
+            "lines": len(job.lines),
+            "bad_lines": bad_lines(job),
+            "folder": str(target.folder),
+        }
+        print(json.dumps({**facts, **told.to_dict()}))
+        return
+    print(f"{job.count} pictures of {len(job.lines)} lines, {told.prompts} prompts to read, {len(job.bad)} bad lines")
+    for share in told.shares:
+        work = share.plan.work
+        print(
+            f"  {share.count} at {work.width}×{work.height}, {work.steps} steps, {share.plan.acceleration}: "
+            f"{share.plan.seconds:.2f} s each"
+        )
+    print(f"about {duration(told.seconds)} on one device and {show_bytes(told.size)} in {target.folder}, predicted")
+    for share in told.shares[:1]:
+        print(share.plan)
+
+
+def run(
+    job: Job, target: Target, loading: dict[str, Any], devices: list[str], parquet: bool, as_json: bool, quiet: bool
+) -> None:
+    """Open the folder, load, make the pictures, say how it went.
+
+    Raises:
+        Cancelled: after Ctrl-C, with what is kept.
+    """
+    from ..batch.manifest import to_parquet
+    from ..batch.run import open_batch
+
+    meter, stop = Meter(not (as_json or quiet)), Stop()
+    with open_batch(job, target) as work:
+        if work.left:
+            with loaded(loading, devices, stop, meter) as (engine, facts), stop.listening():
+                for note in work.settle(facts):
+                    meter.say(f"note: {note}")
+                try:
+                    work.work(engine, meter)
+                except (Cancelled, KeyboardInterrupt) as end:
+                    raise Cancelled(
+                        f"Stopped: {work.before + work.made} of {job.count} pictures are finished and kept in "
+                        f"{target.folder}. The same command with --resume goes on."
+                    ) from end
+                finally:
+                    if meter.show and meter.live:
+                        print(file=sys.stderr)
+    manifest = work.store.manifest
+    written = to_parquet(manifest, target.folder / "manifest.parquet") if parquet else None
+    report(work, written, as_json, quiet)
+    if work.failures:
+        raise typer.Exit(FAILED)
+
+
+@contextmanager
+def loaded(
+    loading: dict[str, Any], devices: list[str], stop: Stop, meter: Meter
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An engine with its model loaded, and what decides its pixels."""
+    from ..batch.engines import Pool, facts_of, in_this_process
+    from ..pipeline import Flux2
+
+    if devices:
+        with Pool(devices, loading, stop) as pool:
+            say_pool(pool, meter)
+            yield pool, pool.facts
+        return
+    flux = Flux2.load(**loading)
+    say_model(flux, meter)
+    yield in_this_process(flux, stop), facts_of(flux)
+
+
+def say_model(flux: Flux2, meter: Meter) -> None:
+    """Which model runs, and what to know about it."""
+    if meter.show:
+        plan = flux.plan
+        meter.say(
+            f"{flux.checkpoint.preset.title} ({plan.variant}, {plan.acceleration}) on {plan.device} in {plan.dtype}"
+        )
+        for note in flux.notes:
+            meter.say(f"note: {note}")
+
+
+def say_pool(pool: Pool, meter: Meter) -> None:
+    if meter.show:
+        fixed = pool.facts["fixed"]
+        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.processes)} processes, one per device")
+
+
+def bad_lines(job: Job) -> list[dict[str, Any]]:
+    return [{"line": bad.number, "reason": bad.reason} for bad in job.bad]
+
+
+def report(work: Batch, parquet: Path | None, as_json: bool, quiet: bool) -> None:
+    """How it went."""
+    if as_json:
+        facts = {
+            "pictures": work.job.count,
+            "made": work.made,
+            "already_there": work.before,
+            "failures": [{"line": f.line, "picture": f.number, "reason": f.reason} for f in work.failures],
+            "bad_lines": bad_lines(work.job),
+            "seconds": round(work.seconds, 3),
+            "folder": str(work.target.folder),
+            "manifest": str(work.store.manifest),
+            "parquet": None if parquet is None else str(parquet),
+        }
+        print(json.dumps(facts))
+    elif not quiet:
+        there = f", {work.before} were there" if work.before else ""
+        failed = f", {len(work.failures)} failed (--resume tries them again)" if work.failures else ""
+        bad = f", {len(work.job.bad)} bad lines" if work.job.bad else ""
+        timing = f" in {duration(work.seconds)} ({speed(work.rate)})" if work.made else ""
+        print(f"{work.made} pictures made{timing}{there}{failed}{bad}: {work.store.manifest}")
+
+
+def sheet(
+    folder: Annotated[Path, typer.Argument(help="A folder that `flux2-local batch` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The contact sheet (default FOLDER/sheet.png).")
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option("--gallery", help="The gallery (default FOLDER/gallery.html).")
+    ] = None,
+    columns: Annotated[int, typer.Option("--columns", help="Pictures side by side on the sheet.")] = 6,
+    thumb: Annotated[int, typer.Option("--thumb", help="Longest side of a small picture, in pixels.")] = 256,
+    limit: Annotated[int, typer.Option("--limit", help="Pictures at most.")] = 500,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")] = False,
+) -> None:
+    from ..batch.sheet import make_sheets
+
+    first, second = output or folder / "sheet.png", gallery or folder / "gallery.html"
+    drawn, page, _ = make_sheets(folder, first, second, columns=columns, side=thumb, limit=limit, overwrite=overwrite)
+    print(drawn)
+    print(page)
