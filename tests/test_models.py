@@ -118,7 +118,8 @@ def test_decoding_in_tiles_is_close_to_decoding_whole():
     error = tiled - whole
     assert tiled.shape == whole.shape == (1, 3, 768, 1024)
     assert 0 < error.std() < 0.1 * whole.std()
-    assert error.diff(dim=3).abs().mean((0, 1, 2)).max() < 0.01  # no column stands out as a seam
+    # No column stands out as a seam: nowhere does the error jump by as much as neighbouring columns differ anyway.
+    assert error.diff(dim=3).abs().mean((0, 1, 2)).max() < whole.diff(dim=3).abs().mean()
 
 
 @pytest.mark.parametrize(("length", "side"), [(14, 6), (11, 6), (6, 6), (3, 6), (100, 16)])
