@@ -88,8 +88,8 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, which takes a half to a third of AdamW's steps here (Jordan et al., "Muon",
-    2024; steps scaled to AdamW's size after arXiv:2502.16982). As torch.optim.Muon, but for convolutions too, and with
+    """Momentum whose steps are made orthogonal (Jordan et al., "Muon", 2024; steps scaled to AdamW's size after
+    arXiv:2502.16982). As torch.optim.Muon, but for convolutions too, and with
     matrices of one shape handled together.
 
     Args:
