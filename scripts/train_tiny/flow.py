@@ -106,7 +106,7 @@ def flow_loss(
 
 
 def train_small(run: Run) -> None:
-    """Begin on pictures of 256², where a sample costs less than half."""
+    """Begin on pictures of 256², a quarter of the tokens of 512²."""
     train_on(run, {SMALL: 1.0})
 
 

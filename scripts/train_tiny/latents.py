@@ -41,7 +41,7 @@ BUCKETS = {  # (height, width) in tokens: pictures, first seed
     (20, 26): (400, 1_700_000),
     (27, 19): (400, 1_800_000),
 }
-"""The smallest size is what training begins with: most of what words mean can be learnt on an eighth of the tokens."""
+"""The smallest size is what training begins with: what words mean can be learnt on a quarter of the tokens."""
 
 
 def path_of(run: Run, bucket: tuple[int, int]) -> Path:
