@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "torchao", "optimum-quanto", "xformers", "safetensors")
 
 
@@ -34,6 +36,19 @@ def software() -> Iterator[tuple[str, Any]]:
     yield "system", platform.platform()
     yield "commit", said("git", "rev-parse", "HEAD")
     yield "changed", bool(said("git", "status", "--porcelain", "--untracked-files=no"))
+
+
+def record() -> dict[str, Any]:
+    """Software and processor."""
+    return dict(software()) | {"device": processor()}
+
+
+def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:
+    """Write a record with its figures as JSON to ``path``, or to ``benchmarks/results/KIND-DATE.json``; returns the path."""
+    path = path or RESULTS / f"{kind}-{figures['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    return path
 
 
 def processor() -> str:

@@ -27,34 +27,16 @@ from torch import Tensor, nn
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word, word_width
 from scripts.train_tiny.render import render
-from scripts.train_tiny.scenes import CLASSES, PLACES, TREES, Scene, random_scene
+from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, answers, classes, random_scene
 from scripts.train_tiny.trainer import Run, Trainer, averaged
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIDE = 128
 """Pictures are read at SIDE×SIDE pixels, whatever their shape."""
 
-WHOLE = {**{name: CLASSES[name] for name in ("time", "weather", "ground", "backdrop")}, "trees": TREES}
-"""Attributes of the whole picture."""
-
-SLOT = {name: ("none", *CLASSES[name]) for name in ("kind", "colour", "size")}
-"""Attributes of what stands at each of :data:`PLACES`, "none" where nothing does."""
-
-QUESTIONS = [(name, None) for name in WHOLE] + [(name, place) for place in PLACES for name in SLOT]
-SIZES = [len(WHOLE.get(name) or SLOT[name]) for name, _ in QUESTIONS]
+COUNTS = [len(classes(name)) for name, _ in QUESTIONS]
 SEED = 20_000_000
 """Drawings of the judge's training; apart from the recipe's and from the held-out ones."""
-
-
-def answers(scene: Scene) -> list[int]:
-    """The right class of every question."""
-    there = {thing.place: thing for thing in scene.things}
-    return [
-        WHOLE[name].index(getattr(scene, name))
-        if place is None
-        else SLOT[name].index(getattr(there[place], name) if place in there else "none")
-        for name, place in QUESTIONS
-    ]
 
 
 class Judge(nn.Module):
@@ -68,14 +50,14 @@ class Judge(nn.Module):
             self.layers.append(nn.Conv2d(a, b, 3, stride=1 if i == 3 else 2, padding=1, bias=False))
             self.layers.append(nn.GroupNorm(8, b))
         self.squeeze = nn.Conv2d(widths[-1], 32, 1)
-        self.head = nn.Linear(32 * 8 * 8, sum(SIZES))
+        self.head = nn.Linear(32 * 8 * 8, sum(COUNTS))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[B, 3, SIDE, SIDE] in [-1, 1] -> logits of every question."""
         for conv, norm in zip(self.layers[::2], self.layers[1::2], strict=True):
             x = F.silu(norm(conv(x)))
         out = self.head(F.silu(self.squeeze(x)).flatten(1))
-        return list(out.float().split(SIZES, -1))
+        return list(out.float().split(COUNTS, -1))
 
 
 def to_input(pictures: Sequence[Image.Image]) -> Tensor:
@@ -94,7 +76,7 @@ class Reading:
 
     def verdicts(self, scene: Scene) -> Iterator[tuple[str, bool]]:
         """(attribute, right or wrong) for everything that ``scene`` asked for."""
-        for name in ("time", "weather", "ground", "backdrop", "trees"):
+        for name in CLASSES:
             yield name, self.whole[name] == getattr(scene, name)
         signs = () if scene.sign is None else (scene.sign.place,)
         asked = {thing.place for thing in scene.things}
@@ -129,12 +111,12 @@ def read(judge: Judge, pictures: Sequence[Image.Image]) -> list[Reading]:
         found: dict[tuple[str, str | None], str] = {}
         for question, rows in zip(QUESTIONS, logits, strict=True):
             name, place = question
-            values = WHOLE.get(name) or SLOT[name]
+            values = classes(name)
             # Where there is an object at all is the kind's question; colour and size are the likeliest real ones.
             skip = 1 if place is not None and name != "kind" else 0
             found[question] = values[int(rows[i, skip:].argmax()) + skip]
         slots = {name: {place: found[name, place] for place in PLACES} for name in SLOT}
-        readings.append(Reading({name: found[name, None] for name in WHOLE}, **slots))
+        readings.append(Reading({name: found[name, None] for name in CLASSES}, **slots))
     return readings
 
 

@@ -12,7 +12,6 @@ judge reads them, beside the judge's score on the drawings themselves (the ceili
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -35,7 +34,6 @@ from scripts.train_tiny.scenes import Scene, random_scene
 from . import environment, judge
 from .metrics import psnr, ssim
 
-RESULTS = Path(__file__).parent / "results"
 SHEET = (
     "a lighthouse at dusk",
     "a red ball on the left and a blue box on the right on a green meadow by day",
@@ -191,8 +189,7 @@ def main() -> None:
     chosen = [c for c in CONTENDERS if not args.only or str(c) in args.only]
     if not chosen:
         parser.error(f"--only takes some of: {'; '.join(map(str, CONTENDERS))}")
-    record = dict(environment.software()) | {
-        "device": environment.processor(),
+    record = environment.record() | {
         "prompts": args.prompts,
         "size": args.size,
     }
@@ -203,9 +200,7 @@ def main() -> None:
         scores.append(score)
         print(table(scores).splitlines()[-1], flush=True)
     record["scores"] = [asdict(score) for score in scores]
-    path = args.out or RESULTS / f"quality-{record['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    path = environment.keep(record, "quality", args.out)
     print(f"\n{table(scores)}\n\nwritten: {path}")
 
 

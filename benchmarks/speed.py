@@ -11,7 +11,6 @@ round. Beside them stand PSNR against diffusers' pictures and the share of pixel
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from flux2_local import Flux2, store
 
 from . import environment
 from .metrics import psnr
-from .quality import CONTENDERS, RESULTS, SHEET, Contender
+from .quality import CONTENDERS, SHEET, Contender
 
 Draw = Callable[[str, int], np.ndarray]
 """(prompt, seed) -> a picture, uint8 [H, W, 3]."""
@@ -152,8 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/speed-DATE.json)")
     args = parser.parse_args()
     chosen = [c for c in CONTENDERS if not args.only or str(c) in args.only]
-    record = dict(environment.software()) | {
-        "device": environment.processor(),
+    record = environment.record() | {
         "steps": args.steps,
         "rounds": args.rounds,
     }
@@ -162,9 +160,7 @@ def main() -> None:
         rows += measure(chosen, args.model, tuple(size), args.steps, args.rounds)
         print(table(rows), flush=True)
     record["rows"] = [asdict(row) for row in rows]
-    path = args.out or RESULTS / f"speed-{record['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    path = environment.keep(record, "speed", args.out)
     print(f"written: {path}")
 
 

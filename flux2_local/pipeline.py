@@ -236,7 +236,7 @@ class Flux2:
         self._components = self._build(plan)
         self._expander = None
         changed = ", ".join(f"{a} instead of {b}" for a, b in zip(forms(plan), forms(before), strict=True) if a != b)
-        return [f"The weights were loaded again for this request: {changed}."]
+        return [f"The weights were loaded again for this request: {changed}.", *self._components.notes]
 
     def _need(self, request: Request, acceleration: Acceleration) -> Need:
         width, height = request.size
@@ -554,6 +554,8 @@ class Run:
             settings["expanded_prompt"] = prompt
         if self.plan.transformer.format != self.plan.dtype:
             settings["quantize"] = self.plan.transformer.format
+        if flux.settings.attention != AUTO:
+            settings["attention"] = flux.settings.attention
         if flux.settings.adapters:
             settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
         if request.images:

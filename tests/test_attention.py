@@ -102,7 +102,7 @@ def test_packages_are_called_in_their_layout(monkeypatch, backend, module, funct
     setattr(fake, function, theirs)
     monkeypatch.setitem(sys.modules, module.split(".")[0], ModuleType(module.split(".")[0]))
     monkeypatch.setitem(sys.modules, module, fake)
-    check(backend.load(), SHAPES[1], torch.float32)
+    check(backend.BACKEND.load(), SHAPES[1], torch.float32)
 
 
 @pytest.mark.parametrize(

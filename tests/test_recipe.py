@@ -15,8 +15,7 @@ from benchmarks import judge
 from benchmarks.metrics import SAME, psnr, ssim
 from scripts.train_tiny import autoencoder, network
 from scripts.train_tiny.captions import caption, rich
-from scripts.train_tiny.language import QUESTIONS, Teller
-from scripts.train_tiny.language import answers as told
+from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import render
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, PLACES, random_scene
 from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
@@ -157,10 +156,10 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
 
 def test_the_teller_answers_every_question():
     for scene in scenes(200):
-        assert all(0 <= a < n for a, n in zip(told(scene), QUESTIONS, strict=True))
+        assert all(0 <= a < n for a, n in zip(told(scene), TOLD, strict=True))
     logits = Teller(384)(torch.randn(2, 80, 384))
-    assert logits.shape == (2, len(QUESTIONS), max(QUESTIONS))
-    assert (logits.argmax(-1) < torch.tensor(QUESTIONS)).all()
+    assert logits.shape == (2, len(TOLD), max(TOLD))
+    assert (logits.argmax(-1) < torch.tensor(TOLD)).all()
 
 
 def test_signs_are_read_from_drawings():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..hardware import Hardware, package
 from ..model.ops import Attend
@@ -112,6 +115,22 @@ class Backend:
         if not self.package or p.described or package(self.package).usable:
             return None
         return f"{self.package} is not installed; {self.get}"
+
+
+def imported(module: str, name: str) -> Callable[[], Attend]:
+    """A loader of a function that takes q, k and v as they are and returns the result, alone or followed by more."""
+
+    def load() -> Attend:
+        function = getattr(importlib.import_module(module), name)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = function(q, k, v)
+            result: Tensor = out[0] if isinstance(out, tuple) else out
+            return result
+
+        return attend
+
+    return load
 
 
 def show(sizes: Container[int]) -> str:

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..model.ops import Attend
-from .backend import Backend
-
-
-def load() -> Attend:
-    """Import it."""
-    from flash_attn import flash_attn_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = flash_attn_func(q, k, v)
-        return out
-
-    return attend
-
+from .backend import Backend, imported
 
 BACKEND = Backend(
     "flash2",
-    load,
+    imported("flash_attn", "flash_attn_func"),
     head_dims=range(8, 257, 8),
     package="flash-attn",
     get="pip install flash-attn --no-build-isolation",

@@ -1,28 +1,12 @@
-"""FlashAttention 3, for Hopper."""
+"""FlashAttention 3, for Hopper. Earlier versions return the log-sum-exp too."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..model.ops import Attend
-from .backend import Backend
-
-
-def load() -> Attend:
-    """Import it."""
-    from flash_attn_interface import flash_attn_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v)
-        result: Tensor = out[0] if isinstance(out, tuple) else out  # earlier versions return the log-sum-exp too
-        return result
-
-    return attend
-
+from .backend import Backend, imported
 
 BACKEND = Backend(
     "flash3",
-    load,
+    imported("flash_attn_interface", "flash_attn_func"),
     sms=(90,),
     head_dims=range(8, 257, 8),
     package="flash-attn-3",

@@ -164,7 +164,7 @@ def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> 
     if not standard:
         fields = {k: v for k, v in fields.items() if k not in STANDARD_ONLY}
     fields |= {k: v for k, v in given.items() if v is not None}
-    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype", "quantize")}
+    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype", "attention", "quantize")}
     same["lora"] = [(name, strength) for name, strength in kept.get("lora", [])] or None
     return fields, {**same, **{k: v for k, v in loading.items() if v is not None}}
 

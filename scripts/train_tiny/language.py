@@ -21,7 +21,7 @@ from . import tokenizer as tokenizers_
 from .captions import caption, rich, short
 from .data import HELD_OUT_SEED
 from .network import TEXT_TOKENS
-from .scenes import BACKDROPS, COLOURS, GROUNDS, KINDS, PLACES, SIZES, TIMES, TREES, WEATHERS, Scene, random_scene
+from .scenes import PLACES, QUESTIONS, Scene, answers, classes, random_scene
 from .trainer import Run, Trainer, averaged
 
 LENGTH = 128
@@ -69,34 +69,15 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneratio
     return Mistral3ForConditionalGeneration(config)
 
 
-SLOTS = (("kind", KINDS), ("colour", COLOURS), ("size", SIZES))
-QUESTIONS = (
-    [len(TIMES), len(WEATHERS), len(GROUNDS), len(BACKDROPS), len(TREES)]
-    + [len(values) + 1 for _ in PLACES for _, values in SLOTS]
-    + [len(PLACES) + 1]
-    + [27] * 6
-)
-"""How many answers each question has: the scene's five words, each place's object, where the sign is, its letters."""
+TOLD = [*(len(classes(name)) for name, _ in QUESTIONS), len(PLACES) + 1, *[27] * 6]
+"""How many answers each question has: those of :mod:`scenes`, where the sign is, and its letters."""
 
 
-def answers(scene: Scene) -> list[int]:
-    """What a :class:`Teller` has to say of ``scene``; 0 stands for nothing there."""
-    there = {thing.place: thing for thing in scene.things}
+def told(scene: Scene) -> list[int]:
+    """What a :class:`Teller` has to say of ``scene``; 0 stands for no sign and no letter."""
     word = scene.sign.word if scene.sign else ""
-    return [
-        TIMES.index(scene.time),
-        WEATHERS.index(scene.weather),
-        GROUNDS.index(scene.ground),
-        BACKDROPS.index(scene.backdrop),
-        TREES.index(scene.trees),
-        *(
-            values.index(getattr(there[place], name)) + 1 if place in there else 0
-            for place in PLACES
-            for name, values in SLOTS
-        ),
-        PLACES.index(scene.sign.place) + 1 if scene.sign else 0,
-        *(ord(word[i]) - 64 if i < len(word) else 0 for i in range(6)),
-    ]
+    letters = [ord(word[i]) - 64 if i < len(word) else 0 for i in range(6)]
+    return [*answers(scene), PLACES.index(scene.sign.place) + 1 if scene.sign else 0, *letters]
 
 
 class Teller(nn.Module):
@@ -106,11 +87,11 @@ class Teller(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(len(QUESTIONS), self.WIDTH))
+        self.query = nn.Parameter(torch.randn(len(TOLD), self.WIDTH))
         self.key_value = nn.Linear(features, 2 * self.WIDTH)
-        self.answer = nn.Linear(self.WIDTH, max(QUESTIONS))
-        self.which = nn.Parameter(torch.ones(len(QUESTIONS), self.WIDTH))
-        limit = torch.arange(max(QUESTIONS)) < torch.tensor(QUESTIONS)[:, None]
+        self.answer = nn.Linear(self.WIDTH, max(TOLD))
+        self.which = nn.Parameter(torch.ones(len(TOLD), self.WIDTH))
+        limit = torch.arange(max(TOLD)) < torch.tensor(TOLD)[:, None]
         self.register_buffer("impossible", ~limit, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -128,8 +109,8 @@ def line(rng: random.Random) -> tuple[str, list[int]]:
     kind = rng.random()
     if kind < 0.6:
         text = caption(scene, rng) if rng.random() < 0.75 else rich(scene, rng)
-        return f"<s>[DESCRIBE][INST]{text}[/INST]", answers(scene)
-    unasked = [-100] * len(QUESTIONS)
+        return f"<s>[DESCRIBE][INST]{text}[/INST]", told(scene)
+    unasked = [-100] * len(TOLD)
     if kind < 0.95:
         brief = short(scene, rng) if rng.random() < 0.7 else caption(scene, rng)
         return f"<s>[REWRITE][INST]{brief}[/INST]{rich(scene, rng)}</s>", unasked
@@ -147,11 +128,11 @@ def batches(run: Run, fast: PreTrainedTokenizerFast, device: str) -> Iterator[tu
         ids = torch.full((BATCH, LENGTH), fast.pad_token_id)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
-        told = torch.tensor([answer for _, answer in lines])
-        yield ids.to(device), (ids != fast.pad_token_id).long().to(device), told.to(device)
+        right = torch.tensor([answer for _, answer in lines])
+        yield ids.to(device), (ids != fast.pad_token_id).long().to(device), right.to(device)
 
 
-def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor, told: Tensor) -> Tensor:
+def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor, right: Tensor) -> Tensor:
     """Next tokens, and what captions tell."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
@@ -159,7 +140,7 @@ def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor, 
         telling = model.teller(hidden)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     following = nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), targets.flatten())
-    return following + nn.functional.cross_entropy(telling.flatten(0, 1), told.flatten())
+    return following + nn.functional.cross_entropy(telling.flatten(0, 1), right.flatten())
 
 
 def train(run: Run) -> None:
@@ -173,8 +154,8 @@ def train(run: Run) -> None:
     def report(step: int) -> None:
         rng = random.Random(HELD_OUT_SEED + step)
         with averaged(trainer), torch.no_grad():
-            ids, mask, told = next(batches(run, fast, run.device))
-            print(f"language: step {step} loss {loss_of(model, ids, mask, told):.3f}", flush=True)
+            ids, mask, right = next(batches(run, fast, run.device))
+            print(f"language: step {step} loss {loss_of(model, ids, mask, right):.3f}", flush=True)
             for _ in range(2):
                 prompt = short(random_scene(rng), rng)
                 ids = fast(f"<s>[REWRITE][INST]{prompt}[/INST]", return_tensors="pt", add_special_tokens=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal
 
 TIMES = ("day", "dawn", "dusk", "night")
 WEATHERS = ("clear", "cloudy", "rain", "snow")
@@ -268,14 +267,33 @@ def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
     )
 
 
-Attribute = Literal["time", "ground", "kind", "colour", "place", "size", "weather", "backdrop"]
 CLASSES: dict[str, tuple[str, ...]] = {
     "time": TIMES,
     "weather": WEATHERS,
     "ground": GROUNDS,
     "backdrop": BACKDROPS,
-    "kind": KINDS,
-    "colour": COLOURS,
-    "size": SIZES,
-    "place": PLACES,
+    "trees": TREES,
 }
+"""Attributes of a whole scene."""
+
+SLOT: dict[str, tuple[str, ...]] = {
+    "kind": ("none", *KINDS),
+    "colour": ("none", *COLOURS),
+    "size": ("none", *SIZES),
+}
+"""Attributes of what stands at each of :data:`PLACES`, "none" where nothing does."""
+
+QUESTIONS = [(name, None) for name in CLASSES] + [(name, place) for place in PLACES for name in SLOT]
+"""Everything that can be asked of a scene: an attribute, and the place or None for the whole."""
+
+
+def classes(name: str) -> tuple[str, ...]:
+    """The possible answers to a question about attribute ``name``."""
+    return CLASSES.get(name) or SLOT[name]
+
+
+def answers(scene: Scene) -> list[int]:
+    """The class of every question's answer."""
+    there = {thing.place: thing for thing in scene.things}
+    said = [getattr(scene, n) if p is None else getattr(there.get(p), n, "none") for n, p in QUESTIONS]
+    return [classes(name).index(value) for (name, _), value in zip(QUESTIONS, said, strict=True)]
