@@ -19,6 +19,7 @@ from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.language import LanguageConfig, LanguageModel
+from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import PLACEMENTS, Hold
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .store import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TABLES = {"reference": REFERENCE, "native": NATIVE}
 KEPT_FLOAT32 = ("bn.",)
 """The autoencoder's statistics keep their own type: they are few and the pipelines' arithmetic starts from them."""
 
@@ -172,7 +174,7 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
 
 def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> Ops:
     """What runs between the transformer's matmuls, as the plan says."""
-    own = REFERENCE if plan.ops == "reference" else kernels.fused(device, DTYPES[plan.dtype], config)
+    own = kernels.fused(device, DTYPES[plan.dtype], config) if plan.ops == "triton" else TABLES[plan.ops]
     return replace(own, attend=attention.load(plan.attention))
 
 

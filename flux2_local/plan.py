@@ -228,19 +228,19 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str) -> Choice:
     here = place_of("cpu")
     place = Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
     against = kernels.reason_against(place, dtype, need.arch.transformer)
-    if need.tier.exact:
-        lost = against or "it rounds once where the reference rounds after every operation"
-        return Choice(
-            "ops", "reference", "the exact tier keeps the reference's operations, bit for bit", (("triton", lost),)
-        )
-    if against:
-        return Choice("ops", "reference", "plain torch, which runs everywhere", (("triton", against),))
-    return Choice(
-        "ops",
-        "triton",
-        "fused kernels, each one pass over memory and within rounding of the reference",
-        (("reference", "a pass over memory for every operation"),),
-    )
+    rounding = "it rounds once where the reference rounds after every operation"
+    slower = "a pass over memory for every operation"
+    if need.tier.exact and dtype != "float32":
+        lost = (("triton", against or rounding), ("native", rounding))
+        return Choice("ops", "reference", "the exact tier keeps the reference's operations, bit for bit", lost)
+    if not against and not need.tier.exact:
+        why = "fused kernels, each one pass over memory and within rounding of the reference"
+        return Choice("ops", "triton", why, (("native", "more passes over memory"), ("reference", slower)))
+    lost = (("triton", against or "its products of float32 may be rounded to fewer bits"),)
+    if hardware.kind == "cpu":
+        why = "few of torch's own operators, within float32's rounding of the reference's"
+        return Choice("ops", "native", why, (*lost, ("reference", slower)))
+    return Choice("ops", "reference", "plain torch, which runs everywhere", lost)
 
 
 def layout_choice(tier: Tier) -> Choice:

@@ -12,13 +12,22 @@ from dataclasses import dataclass, replace
 from ..errors import BackendUnavailableError
 from ..model.ops import Attend
 from ..presets import Tier
-from . import flash2, flash3, flex, sage, sdpa, trial, xformers
+from . import flash2, flash3, flex, matmul, sage, sdpa, trial, xformers
 from .backend import Backend, Problem, problem_on
 
 __all__ = ["AUTO", "BACKENDS", "NAMES", "Backend", "Pick", "Problem", "load", "pick", "problem_on"]
 
 BACKENDS: Mapping[str, Backend] = {
-    b.name: b for b in (*sdpa.BACKENDS, flash3.BACKEND, flash2.BACKEND, xformers.BACKEND, sage.BACKEND, flex.BACKEND)
+    b.name: b
+    for b in (
+        matmul.BACKEND,
+        *sdpa.BACKENDS,
+        flash3.BACKEND,
+        flash2.BACKEND,
+        xformers.BACKEND,
+        sage.BACKEND,
+        flex.BACKEND,
+    )
 }
 """Most wanted first, where nothing can be measured."""
 
@@ -73,7 +82,7 @@ def pick(asked: str, problem: Problem, tier: Tier) -> Pick:
     usable = [name for name in usable if name not in lost]
     if problem.measurable:
         return measured(usable, lost, problem)
-    reason = "torch's own choice among its kernels, the first of the table that runs everywhere"
+    reason = "the first of the table that runs here"
     later = (
         "on the card itself it is timed against the others" if problem.kind == "cuda" else "it comes later in the table"
     )

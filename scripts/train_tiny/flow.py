@@ -19,14 +19,22 @@ from torch import Tensor
 from . import language, latents, tokenizer
 from .captions import caption, rich
 from .network import TEXT_TOKENS, build, rotary, velocity
+from .render import boxes
 from .sample import reporter
-from .scenes import random_scene
+from .scenes import Scene, random_scene
 from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
 SMALL, SQUARE = (8, 8), (16, 16)
+SHARES = {(24, 32): 3.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
+"""How often sizes other than the square of 512 come up, beside its 5."""
+
+STRESS = 5.0
+"""How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
+their shapes a part of that, while a prompt is mostly about them."""
+
 MAX_GUIDANCE = 10.0
 
 
@@ -64,15 +72,15 @@ class Samples:
         self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
         self.rng = random.Random()
 
-    def draw(self) -> tuple[Tensor, list[str], tuple[int, int]]:
-        """Packed latents [B, N, 128] float32, their captions, their size in tokens."""
+    def draw(self) -> tuple[Tensor, list[Scene], list[str], tuple[int, int]]:
+        """Packed latents [B, N, 128] float32, what they show, in words too, and their size in tokens."""
         bucket = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
         rows, (_, seed0) = self.rows[bucket], latents.BUCKETS[bucket]
         count = TOKENS_PER_BATCH[self.run.device] // (rows.shape[1] + TEXT_TOKENS)
         chosen = sorted(self.rng.sample(range(len(rows)), count))
         scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
         words = [rich(s, self.rng) if self.rng.random() < 0.2 else caption(s, self.rng) for s in scenes]
-        return torch.from_numpy(rows[chosen]).float().to(self.run.device), words, bucket
+        return torch.from_numpy(rows[chosen]).float().to(self.run.device), scenes, words, bucket
 
     def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by 3 towards noise."""
@@ -86,23 +94,40 @@ class Samples:
 def shares(run: Run) -> dict[tuple[int, int], float]:
     """How often each picture size comes up: squares of 512 mostly, and every size whose latents are there."""
     there = {b for b in latents.BUCKETS if latents.path_of(run, b).exists()} - {SMALL}
-    return {b: 6.0 if b == SQUARE else 1.5 if b == (24, 32) else 0.6 for b in latents.BUCKETS if b in there}
+    return {b: 5.0 if b == SQUARE else SHARES.get(b, 0.3) for b in latents.BUCKETS if b in there}
+
+
+def stress(scenes: list[Scene], bucket: tuple[int, int]) -> Tensor:
+    """What each token's error counts, [B, N, 1] float32."""
+    weights = torch.ones(len(scenes), *bucket)
+    for weight, scene in zip(weights, scenes, strict=True):
+        for box in boxes(scene, bucket[1], bucket[0]):
+            left, top, right, bottom = (max(0, int(edge)) for edge in box)
+            weight[top : bottom + 1, left : right + 1] = STRESS
+    return weights.flatten(1)[..., None]
 
 
 def flow_batches(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
     while True:
-        x0, words, bucket = samples.draw()
+        x0, scenes, words, bucket = samples.draw()
         text = samples.reader([w if samples.rng.random() > 0.1 else "" for w in words])
         x, sigma, target = samples.noised(x0)
         cos, sin = rotary(*bucket, TEXT_TOKENS, samples.run.device)
-        yield x, text, sigma, target, cos, sin
+        yield x, text, sigma, target, stress(scenes, bucket).to(x.device), cos, sin
 
 
 def flow_loss(
-    model: Flux2Transformer2DModel, x: Tensor, text: Tensor, sigma: Tensor, target: Tensor, cos: Tensor, sin: Tensor
+    model: Flux2Transformer2DModel,
+    x: Tensor,
+    text: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> Tensor:
     one = torch.ones_like(sigma)
-    return F.mse_loss(velocity(model, x, text, sigma, one, (cos, sin)), target)
+    return (weight * (velocity(model, x, text, sigma, one, (cos, sin)) - target).square()).mean()
 
 
 def train_small(run: Run) -> None:
@@ -154,7 +179,7 @@ def train_guidance(run: Run) -> None:
     def batches() -> Iterator[tuple[Tensor, ...]]:
         ask = torch.compile(velocity, dynamic=False) if run.compile else velocity
         while True:
-            x0, words, bucket = samples.draw()
+            x0, _, words, bucket = samples.draw()
             text = samples.reader([w if samples.rng.random() > 0.05 else "" for w in words])
             x, sigma, _ = samples.noised(x0)
             tables = rotary(*bucket, TEXT_TOKENS, run.device)

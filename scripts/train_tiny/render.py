@@ -309,11 +309,10 @@ class Painter:
 
     def sign(self, sign: Sign) -> None:
         """A board on two posts; its letters are 1/15 of the shorter side high, less for long words."""
-        x = self.w * (PLACE[sign.place] + self.rng.uniform(-0.02, 0.02))
+        unit, half, x = lettered(sign, self.w, self.u)
+        x += self.w * self.rng.uniform(-0.02, 0.02)
         y = self.horizon + (self.h - self.horizon) * (0.36 + self.rng.uniform(-0.03, 0.05))
-        room = 0.30 * self.w if sign.place == "center" else 0.34 * self.w
-        unit = min(self.u * 0.0135, room / (word_width(sign.word) + 3))
-        half, tall = unit * (word_width(sign.word) + 3) / 2, unit * 10
+        tall = unit * 10
         bottom = y - unit * 7
         x = min(max(x, half + unit), self.w - half - unit)
         if self.scene.ground == "sea":
@@ -329,6 +328,13 @@ class Painter:
         draw_word(
             self.draw, sign.word, x - word_width(sign.word) * unit / 2, bottom - tall / 2 - unit * 3, unit, (44, 28, 20)
         )
+
+
+def lettered(sign: Sign, width: float, u: float) -> tuple[float, float, float]:
+    """A sign's grid unit, half its width and its middle, all in pixels."""
+    room = (0.30 if sign.place == "center" else 0.34) * width
+    unit = min(u * 0.0135, room / (word_width(sign.word) + 3))
+    return unit, unit * (word_width(sign.word) + 3) / 2, width * PLACE[sign.place]
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
@@ -582,6 +588,30 @@ DRAW: dict[str, Draw] = {
     "umbrella": umbrella,
     "rocket": rocket,
 }
+
+
+def boxes(scene: Scene, width: int, height: int) -> list[tuple[float, float, float, float]]:
+    """Where the scene's things and its sign lie, wherever in their range chance has put them.
+
+    Returns:
+        left, top, right, bottom in pixels of a picture of that size.
+    """
+    u = min(width, height)
+    near, far = height * 0.55, height * 0.61
+    found = []
+    for thing in scene.things:
+        size, x = u * HEIGHT[thing.size] * 1.06, width * PLACE[thing.place]
+        half = 0.66 * size + 0.03 * width
+        depth = 0.42 if thing.size == "large" else 0.30
+        low, high = near + (height - near) * (depth - 0.04), far + (height - far) * (depth + 0.06)
+        if thing.kind == "balloon":
+            low, high = near * 0.72, far * 0.84
+        found.append((x - half, low - 1.2 * size, x + half, high + 0.1 * size))
+    if scene.sign is not None:
+        unit, half, x = lettered(scene.sign, width, u)
+        low, high = near + (height - near) * 0.33, far + (height - far) * 0.41
+        found.append((x - half - 0.02 * width, low - 17 * unit, x + half + 0.02 * width, high))
+    return found
 
 
 def render(scene: Scene, width: int, height: int) -> Image.Image:

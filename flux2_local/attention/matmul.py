@@ -1,0 +1,39 @@
+"""Attention on a CPU as two matrix products a head, with the scores between them kept in the cache.
+
+In bfloat16 torch's fused kernel for CPUs stays below the rate of its matrix products: on one core with AVX512-BF16 it took
+1.7 times as long as this at 336 tokens in 4 heads of 64, and 1.9 times at 1536 tokens in 24 heads of 128. In float32 it is
+the faster one. The price is that scores are rounded to bfloat16: single results are off by up to 1.2 % of the largest value,
+where the fused kernel's are off by 0.4 %.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model.ops import Attend
+from .backend import Backend
+
+CACHE = 2**20
+"""Bytes of scores that are computed together: about what a core's second-level cache holds."""
+
+
+def load() -> Attend:
+    return attend
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads in groups whose scores fit the cache, or one at a time."""
+    _, tokens, heads, channels = q.shape
+    group = max(1, CACHE // (tokens * tokens * q.element_size()))
+    out = torch.empty_like(q)
+    for queries, keys, values, results in zip(q * channels**-0.5, k, v, out, strict=True):
+        for i in range(0, heads, group):
+            part = slice(i, i + group)
+            scores = torch.bmm(queries[:, part].transpose(0, 1), keys[:, part].permute(1, 2, 0))
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores, values[:, part].transpose(0, 1), out=results[:, part].transpose(0, 1))
+    return out
+
+
+BACKEND = Backend("matmul", load, {"cpu": {"bfloat16": 0}})
