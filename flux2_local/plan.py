@@ -231,8 +231,8 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str) -> Choice:
     rounding = "it rounds once where the reference rounds after every operation"
     slower = "a pass over memory for every operation"
     if need.tier.exact and dtype != "float32":
-        lost = (("triton", against or rounding), ("native", rounding))
-        return Choice("ops", "reference", "the exact tier keeps the reference's operations, bit for bit", lost)
+        why = "the exact tier keeps the reference's operations, bit for bit"
+        return Choice("ops", "reference", why, (("triton", against or rounding), ("native", rounding)))
     if not against and not need.tier.exact:
         why = "fused kernels, each one pass over memory and within rounding of the reference"
         return Choice("ops", "triton", why, (("native", "more passes over memory"), ("reference", slower)))
