@@ -22,8 +22,10 @@ def load() -> Attend:
     return attend
 
 
+@torch.library.custom_op("flux2_local::matmul_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads in groups whose scores fit the cache, or one at a time."""
+    """Heads in groups whose scores fit the cache, or one at a time. An operator of its own, since a compiler that traced it
+    would make another graph for every number of groups."""
     _, tokens, heads, channels = q.shape
     group = max(1, CACHE // (tokens * tokens * q.element_size()))
     out = torch.empty_like(q)
@@ -34,6 +36,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             torch.softmax(scores, -1, out=scores)
             torch.bmm(scores, values[:, part].transpose(0, 1), out=results[:, part].transpose(0, 1))
     return out
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
 
 
 BACKEND = Backend("matmul", load, {"cpu": {"bfloat16": 0}})

@@ -68,7 +68,11 @@ def qk_norm_rope(x: Tensor, weight: Tensor, rotary: Rotary, out: Tensor | None =
 
 def swiglu(x: Tensor, out: Tensor | None = None) -> Tensor:
     gate, up = x.chunk(2, -1)
-    return torch.mul(F.silu(gate), up, out=out) if out is not None else F.silu(gate) * up
+    if out is None:
+        return F.silu(gate) * up
+    if torch.compiler.is_compiling():  # which makes one pass of it, and takes no strided ``out``
+        return out.copy_(F.silu(gate) * up)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

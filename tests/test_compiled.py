@@ -1,0 +1,98 @@
+"""Compiled blocks: the same results, one graph per kind of block for every size, and nothing compiled twice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from flux2_local.model.compiled import compile_blocks
+from flux2_local.model.ops import REFERENCE
+from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(
+    num_layers=2,
+    num_single_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=8,
+    joint_attention_dim=24,
+    timestep_guidance_channels=16,
+    axes_dims_rope=(4, 4, 4, 4),
+)
+TEXT = 6
+SIZES = (7, CONFIG.width, CONFIG.mlp_width - TEXT, 2 * CONFIG.width)
+"""Image tokens; some equal another dimension, alone or with the text's."""
+
+
+def network():
+    net = Flux2Transformer(CONFIG)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(p.numel()))
+    return net.eval()
+
+
+@torch.inference_mode()
+def forward(net, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    latents, text = (torch.randn(1, n, c, generator=generator) for n, c in ((tokens, 8), (TEXT, 24)))
+    ids = torch.randint(0, 9, (TEXT + tokens, 4), generator=generator)
+    mod = net.modulation(torch.tensor(0.5), 2.5)
+    return net(latents, net.context(text), mod, net.rotary(ids), tokens)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_every_size_runs_the_same_two_graphs(fresh, tmp_path, attention):
+    from flux2_local import attention as backends
+
+    net, want = network(), network()
+    net.ops = want.ops = REFERENCE if attention == "sdpa" else replaced(backends.load(attention))
+    compile_blocks(net, tmp_path, backend="aot_eager")
+    for tokens in SIZES:
+        torch.testing.assert_close(forward(net, tokens), forward(want, tokens), rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def replaced(attend):
+    from dataclasses import replace
+
+    return replace(REFERENCE, attend=attend)
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from test_compiled import *
+net = network()
+compile_blocks(net, Path(sys.argv[1]))
+error = float((forward(net, 7) - forward(network(), 7)).abs().max())
+print(json.dumps({"error": error, **{k: counters["inductor"][k] for k in ("fxgraph_cache_miss", "fxgraph_cache_hit")}}))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path):
+    """What the first one kept is read; about a minute on two cores."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    answers = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+        )
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+    assert all(answer["error"] < 1e-5 for answer in answers)
+    assert [(a["fxgraph_cache_miss"], a["fxgraph_cache_hit"]) for a in answers] == [(2, 0), (0, 2)]
