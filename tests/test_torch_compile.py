@@ -75,7 +75,7 @@ def replaced(attend):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from test_compiled import *
+from test_torch_compile import *
 net = network()
 compile_blocks(net, Path(sys.argv[1]))
 error = float((forward(net, 7) - forward(network(), 7)).abs().max())
