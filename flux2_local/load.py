@@ -94,6 +94,8 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         fill(text_encoder, plan.text_encoder, plan.dtype, Source(checkpoint, "text_encoder"), device),
     )
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
+    if plan.fold_upsampling:
+        vae.fold_upsampling()
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)

@@ -63,6 +63,7 @@ class Plan:
         batch: pictures denoised together.
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
+        fold_upsampling: whether the decoder doubles pictures at the lower resolution.
         load_seconds, encode_seconds, step_seconds, decode_seconds: predictions for ``work``.
         peak_bytes: predicted peak of device memory.
         work: the request that predictions are for.
@@ -84,6 +85,7 @@ class Plan:
     batch: int
     vae_tile: int
     channels_last: bool
+    fold_upsampling: bool
     encode_seconds: float
     step_seconds: float
     decode_seconds: float
@@ -187,6 +189,7 @@ def make_plan(
         batch=1,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
+        fold_upsampling=folds(need.tier, hardware, dtype),
         encode_seconds=costs.encode_flops(arch) / rate,
         step_seconds=costs.step_flops(arch, work) / rate,
         decode_seconds=costs.decode_flops(arch, work.width, work.height) / rate,
@@ -199,6 +202,7 @@ def make_plan(
             attention_choice,
             ops_choice,
             layout_choice(need.tier),
+            upsampling_choice(need.tier, hardware, dtype),
             cache_choice,
         ),
     )
@@ -207,7 +211,8 @@ def make_plan(
 def built(plan: Plan) -> tuple[Any, ...]:
     """The part of a plan that loading turns into weights and functions."""
     networks = plan.transformer, plan.text_encoder, plan.vae
-    return plan.device, plan.dtype, *networks, plan.channels_last, plan.attention, plan.ops
+    convolutions = plan.channels_last, plan.fold_upsampling
+    return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -247,6 +252,23 @@ def layout_choice(tier: Tier) -> Choice:
     if tier.exact:
         return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
     return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")
+
+
+def folds(tier: Tier, hardware: Hardware, dtype: str) -> bool:
+    """Whether upsampling is folded: where that was measured, and not where sums of weights would round the exact tier's."""
+    return hardware.kind == "cpu" and not (tier.exact and dtype != "float32")
+
+
+def upsampling_choice(tier: Tier, hardware: Hardware, dtype: str) -> Choice:
+    if folds(tier, hardware, dtype):
+        why = (
+            "4/9 of the multiplications, within rounding; its convolutions were measured to take half the time on a CPU"
+        )
+        return Choice("upsampling", "folded", why, (("plain", "it computes every doubled pixel"),))
+    lost = "its weights are rounded sums" if tier.exact else f"it has not been measured on a {hardware.kind} device"
+    return Choice(
+        "upsampling", "plain", "nearest neighbour, then a convolution, as the model's makers do", (("folded", lost),)
+    )
 
 
 def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
