@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -72,9 +73,24 @@ def stopping(after):
     return engine
 
 
-def do(folder, job=None, engine=drawing, **target):
+class Drawn:
+    """An engine of a function of pictures, which are drawn ``together`` at a time."""
+
+    facts: ClassVar = {"fixed": {}, "machine": {}}
+
+    def __init__(self, draw, together=1):
+        self.draw, self.together, self.groups = draw, together, []
+
+    def batch(self, request):
+        return self.together
+
+    def __call__(self, groups):
+        return self.draw(picture for group in groups for picture in self.groups.append(group) or group)
+
+
+def do(folder, job=None, engine=drawing, together=1, **target):
     with open_batch(job or job_of(), Target(folder, **target)) as batch:
-        batch.work(engine)
+        batch.work(Drawn(engine, together))
     return batch
 
 
@@ -324,7 +340,7 @@ def test_other_lines_or_options_do_not_resume(tmp_path, whole):
     other = {"fixed": {"model": "b"}, "machine": {"threads": 1}}
     with open_batch(job_of(), Target(tmp_path / "new")) as batch:
         assert batch.settle(facts) == []
-        batch.work(drawing)
+        batch.work(Drawn(drawing))
     with open_batch(job_of(), Target(tmp_path / "new", resume=True)) as batch:
         assert "threads 1 then, 2 now" in batch.settle({**facts, "machine": {"threads": 2}})[0]
         with pytest.raises(errors.OutputError, match="model a then, b now"):
@@ -478,11 +494,11 @@ def test_interrupted_killed_and_resumed_with_a_model(tmp_path, dev_folder):
 
 def test_a_lost_process_is_replaced(tmp_path, dev_folder):
     job = job_of([{"prompt": "a boat"}, {"prompt": "a fox"}])
-    with engines.Pool(["cpu"], {"model": str(dev_folder), "variant": "standard"}, lambda: False) as pool:
-        made = iter(pool(job.pictures()))
+    with engines.Pool(engines.processes(["cpu"], {"model": str(dev_folder), "variant": "standard"})) as pool:
+        made = pool([picture] for picture in job.pictures())
         next(made)
-        pool.processes[0]._process.kill()
-        assert [p.line for p, _ in made] == [2]
+        pool.workers[0]._process.kill()
+        assert [p.line for p, _ in made] == [2] and pool.lost == 1
 
 
 def test_mistakes(tmp_path, dev_folder):

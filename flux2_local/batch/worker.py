@@ -1,14 +1,21 @@
-"""A worker process: ``python -m flux2_local.batch.worker``. Loads one model and makes one picture per message."""
+"""A worker process: ``python -m flux2_local.batch.worker``. Loads one model and makes the pictures of each message."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .. import many
 from ..errors import Flux2Error
+from ..progress import Reporter
 from ..server import frames
+
+if TYPE_CHECKING:
+    from ..pipeline import Flux2
+    from ..result import Result
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
@@ -23,7 +30,8 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
         return
     try:
         from ..pipeline import Flux2
-        from .engines import facts_of
+        from ..request import make_request
+        from .engines import batch_of, facts_of
 
         loading = setup[0]
         loading["lora"] = [tuple(pair) for pair in loading.get("lora") or []] or None
@@ -33,22 +41,31 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
         tell(failure(error))
         return
     try:
-        for result in flux.generate_many(requests(source), return_errors=True):
-            if isinstance(result, Flux2Error):
-                tell({**failure(result), "ends": False})
+        while (frame := frames.read(source)) is not None:
+            message, _ = frame
+            if "batch" in message:
+                tell({"batch": batch_of(flux, make_request(flux.settings.variant, message["batch"]))})
                 continue
-            image = result.images[0]
-            facts = {"size": (image.width, image.height), "nsfw": result.has_nsfw_concepts[0], "prompt": result.prompt}
-            names = ("content_type", "file_name", "settings")
-            tell({**facts, "seed": result.seed, **{name: getattr(image, name) for name in names}}, image.data)
+            for result in made(flux, message["requests"]):
+                if isinstance(result, Flux2Error):
+                    tell({**failure(result), "ends": False})
+                    continue
+                image = result.images[0]
+                facts = {"size": (image.width, image.height), "nsfw": result.has_nsfw_concepts[0]}
+                facts |= {name: getattr(image, name) for name in ("content_type", "file_name", "settings")}
+                tell({**facts, "prompt": result.prompt, "seed": result.seed}, image.data)
     except Flux2Error as error:
         tell(failure(error))
 
 
-def requests(source: BinaryIO) -> Any:
-    """Requests as they come in."""
-    while (frame := frames.read(source)) is not None:
-        yield frame[0]
+def made(flux: Flux2, requests: list[dict[str, Any]]) -> Iterator[Result | Flux2Error]:
+    """What requests that are denoised together give. Prompts are remembered from one group to the next.
+
+    Raises:
+        Flux2Error: what no picture could be made under.
+    """
+    many.remember(flux)
+    return many.results(flux, [[many.checked(flux, fields, Reporter()) for fields in requests]])
 
 
 def failure(error: Flux2Error) -> frames.Message:

@@ -20,7 +20,7 @@ from . import generate, options
 if TYPE_CHECKING:
     from ..batch.engines import Pool
     from ..batch.job import Job
-    from ..batch.run import Batch, Target
+    from ..batch.run import Batch, Engine, Target
     from ..pipeline import Flux2
 
 FAILED = 1
@@ -299,8 +299,8 @@ def run(
     meter, stop = Meter(not (as_json or quiet)), Stop()
     with open_batch(job, target) as work:
         if work.left:
-            with loaded(loading, devices, stop, meter) as (engine, facts), stop.listening():
-                for note in work.settle(facts):
+            with loaded(loading, devices, stop, meter) as engine, stop.listening():
+                for note in work.settle(engine.facts):
                     meter.say(f"note: {note}")
                 try:
                     work.work(engine, meter)
@@ -320,21 +320,19 @@ def run(
 
 
 @contextmanager
-def loaded(
-    loading: dict[str, Any], devices: list[str], stop: Stop, meter: Meter
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """An engine with its model loaded, and what decides its pixels."""
-    from ..batch.engines import Pool, facts_of, in_this_process
+def loaded(loading: dict[str, Any], devices: list[str], stop: Stop, meter: Meter) -> Iterator[Engine]:
+    """An engine with its model loaded."""
+    from ..batch.engines import Pool, ThisProcess, processes
     from ..pipeline import Flux2
 
     if devices:
-        with Pool(devices, loading, stop) as pool:
+        with Pool(processes(devices, loading), stop) as pool:
             say_pool(pool, meter)
-            yield pool, pool.facts
+            yield pool
         return
     flux = Flux2.load(**loading)
     say_model(flux, meter)
-    yield in_this_process(flux, stop), facts_of(flux)
+    yield ThisProcess(flux, stop)
 
 
 def say_model(flux: Flux2, meter: Meter) -> None:
@@ -351,7 +349,7 @@ def say_model(flux: Flux2, meter: Meter) -> None:
 def say_pool(pool: Pool, meter: Meter) -> None:
     if meter.show:
         fixed = pool.facts["fixed"]
-        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.processes)} processes, one per device")
+        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.workers)} processes, one per device")
 
 
 def bad_lines(job: Job) -> list[dict[str, Any]]:
