@@ -227,6 +227,22 @@ def test_stopped_anywhere_and_resumed_is_the_same(tmp_path, layout, after):
     assert do(tmp_path / "parts", resume=True, **target).made == 0
 
 
+def test_what_is_denoised_together_follows_from_the_job(tmp_path):
+    """Groups after an interruption are those of a run without one, whole, so that no last bit can depend on it."""
+    job = job_of([{"prompt": f"number {n}"} for n in range(7)] + [{"prompt": "b", "guidance_scale": 3}] * 2)
+    first, second, whole = (Drawn(drawing, 3), Drawn(drawing, 3), Drawn(drawing, 3))
+    with open_batch(job, Target(tmp_path / "whole")) as batch:
+        batch.work(whole)
+    first.draw = stopping(4)
+    with open_batch(job, Target(tmp_path / "parts")) as batch, pytest.raises(errors.Cancelled):
+        batch.work(first)
+    with open_batch(job, Target(tmp_path / "parts", resume=True)) as batch:
+        batch.work(second)
+    assert [[p.line for p in group] for group in whole.groups] == [[1, 2, 3], [4, 5, 6], [7], [8, 9]]
+    assert [[p.line for p in group] for group in second.groups] == [[4, 5, 6], [7], [8, 9]]
+    assert batch.made == 5 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def damage_torn(folder):
     path = folder / "manifest.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
