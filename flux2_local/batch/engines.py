@@ -6,15 +6,15 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, tee
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from .. import errors, many
 from ..errors import Cancelled, Flux2Error, PlanError
-from ..hardware import usable_cores
 from ..progress import Reporter
 from ..request import Request
 from ..result import ImageFile, Result, Timings
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..pipeline import Flux2
 
 Made = tuple[Picture, "Result | Flux2Error"]
+Answer = tuple[frames.Message, bytes]
+"""What a worker says about one picture, with its file."""
+
 T = TypeVar("T")
 AHEAD = 4
 """Groups per worker that may be under way or waiting for an earlier one."""
@@ -155,7 +158,7 @@ class Process:
             raise rebuilt(told)
         self.facts = told
 
-    def ask(self, message: frames.Message, answers: int = 1) -> list[tuple[frames.Message, bytes]]:
+    def ask(self, message: frames.Message, answers: int = 1) -> list[Answer]:
         """Send a message and wait for its answers.
 
         Raises:
@@ -186,11 +189,9 @@ class Process:
             self._process.wait()
 
 
-def processes(devices: list[str], loading: dict[str, Any]) -> list[Process]:
-    """A process per device. Those that compute on the processor share its cores."""
-    on_cpu = devices.count("cpu")
-    share = max(1, usable_cores() // on_cpu) if on_cpu else None
-    return [Process({**loading, "device": d}, share if d == "cpu" else None) for d in devices]
+def processes(devices: list[str], loading: dict[str, Any], threads: int | None = None) -> list[Process]:
+    """A process per device."""
+    return [Process({**loading, "device": device}, threads) for device in devices]
 
 
 class Pool:
@@ -199,12 +200,23 @@ class Pool:
     Groups are handed to whichever worker is free and given back in the job's order, so that the folder does not show how
     many there were. A worker that dies is started again and its group is made again.
 
+    Args:
+        workers: at least one.
+        cancel: asked now and then; True stops.
+        gradual: begin when the first worker is ready, and let the others join when they are.
+
     Attributes:
+        facts: of the first worker that was ready; the others must agree on what is fixed.
         lost: workers that died.
     """
 
-    def __init__(self, workers: Sequence[Worker], cancel: Callable[[], bool] = lambda: False) -> None:
-        self.workers, self.cancel, self.closing, self.lost = workers, cancel, False, 0
+    def __init__(
+        self, workers: Sequence[Worker], cancel: Callable[[], bool] = lambda: False, gradual: bool = False
+    ) -> None:
+        self.workers, self.cancel, self.gradual = workers, cancel, gradual
+        self.closing, self.lost, self.facts = False, 0, cast("Record", {})
+        self.starting: list[Future[None]] = []
+        self.turn = threading.Lock()
         self.free: queue.Queue[Worker] = queue.Queue()
         self.batches: dict[Hashable, int] = {}
         self.threads = ThreadPoolExecutor(len(workers))
@@ -215,25 +227,47 @@ class Pool:
         Raises:
             Flux2Error: as :meth:`flux2_local.Flux2.load`.
         """
+        self.starting = [self.threads.submit(self.join, worker) for worker in self.workers]
         try:
-            for started in [self.threads.submit(w.start) for w in self.workers]:
-                self.wait(started)
+            while not (all if not self.gradual else any)(future.done() for future in self.starting):
+                self.pause()
+            self.check()
         except BaseException:
             self.__exit__()
             raise
-        for worker in self.workers:
-            self.free.put(worker)
         return self
+
+    def join(self, worker: Worker) -> None:
+        """Start a worker and let it take part.
+
+        Raises:
+            Flux2Error: as :meth:`Worker.start`, or it would draw other pictures than the first.
+        """
+        worker.start()
+        with self.turn:
+            self.facts = self.facts or worker.facts
+        first, own = self.facts["fixed"], worker.facts["fixed"]
+        if unlike := [f"{name} {first[name]} and {own[name]}" for name in first if first[name] != own[name]]:
+            raise PlanError(
+                f"Two workers would not draw the same: {', '.join(unlike)}. Insist on --dtype and --quantize."
+            )
+        self.free.put(worker)
+
+    def check(self) -> None:
+        """Make sure that no worker has failed to start.
+
+        Raises:
+            Flux2Error: what the first of them said.
+        """
+        for future in self.starting:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
 
     def __exit__(self, *error: object) -> None:
         self.closing = True
         for worker in self.workers:
             worker.stop()
         self.threads.shutdown(cancel_futures=True)
-
-    @property
-    def facts(self) -> Record:
-        return self.workers[0].facts
 
     def batch(self, request: Request) -> int:
         key = many.kind(request)
@@ -285,14 +319,21 @@ class Pool:
         Raises:
             Cancelled: the cancel callback returned True.
         """
-        while True:
-            if self.cancel():
-                raise Cancelled("Cancelled by the caller.")
-            try:
-                return future.result(WAIT_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    raise
+        while not future.done():
+            self.pause([future])
+        return future.result()
+
+    def pause(self, futures: Sequence[Future[Any]] = ()) -> None:
+        """Wait a little, or for a future.
+
+        Raises:
+            Cancelled: the cancel callback returned True.
+            Flux2Error: a worker could not start.
+        """
+        if self.cancel():
+            raise Cancelled("Cancelled by the caller.")
+        self.check()
+        wait(futures or self.starting, WAIT_SECONDS)
 
 
 def unpacked(told: frames.Message, data: bytes) -> Result | Flux2Error:
