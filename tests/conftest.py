@@ -12,6 +12,16 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes unless -m names it: pytest -m slow."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty hub cache, so that nothing depends on what this machine has downloaded."""

@@ -17,7 +17,7 @@ from flux2_local.batch.run import Target, open_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-PROMPTS = 24
+PROMPTS = 200
 LOADING = {"model": "tiny", "variant": "flash"}
 THREADS = 1
 
