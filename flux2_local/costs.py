@@ -28,8 +28,8 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 FULL_TOKENS_CPU = 1024
 """Tokens from which on a CPU gains little by more: its matrix library prepares the weights anew for every product, which the
-tokens share. Measured with the bundled model on one core: a step at 512×512 takes 0.84 times as long per picture in a batch of
-four, at 1024×1024 (1104 tokens) 0.93 to 0.97 times."""
+tokens share. With the bundled model on one core a step at 512×512 (336 tokens) took about a tenth less per picture in a batch,
+at 768×768 (656 tokens) a twentieth at most, and at 1024×1024 no less (``python -m benchmarks.bulk``)."""
 
 
 @dataclass(frozen=True)
