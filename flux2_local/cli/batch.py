@@ -296,7 +296,10 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
             f"  {share.count} at {work.width}×{work.height}, {work.steps} steps, {share.plan.acceleration}: "
             f"{share.plan.seconds:.2f} s each"
         )
-    print(f"about {duration(told.seconds)} on one device and {show_bytes(told.size)} in {target.folder}, predicted")
+    print(
+        f"predicted: {duration(told.seconds)} on one device, {told.per_hour:.0f} pictures an hour, and {show_bytes(told.size)} in "
+        f"{target.folder}"
+    )
     for share in told.shares[:1]:
         print(share.plan)
 
