@@ -1,4 +1,5 @@
-"""Two hundred pictures of the bundled model, interrupted in every way: the files are those of a run without."""
+"""Two hundred pictures of the bundled model, interrupted in every way: the files are those of a run without. And one picture
+in several processes."""
 
 import os
 import random
@@ -6,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_batch import contents, lines_in, wait_for_lines
 
 from flux2_local.batch.engines import Pool
@@ -82,3 +86,22 @@ def test_two_workers_of_a_ray_cluster_one_of_them_killed(prompts, whole):
     finally:
         ray.shutdown()
     assert contents(prompts.parent / "ray") == whole
+
+
+def test_one_picture_in_two_processes(tmp_path, tiny):
+    """The script for cards, on processors: diffusers only insists that there is an accelerator."""
+    script = Path(__file__).parents[1] / "scripts" / "large_picture.py"
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import runpy, sys, torch\n"
+        "torch.accelerator.device_count = lambda: 1\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    asked = ["a red boat", "--model", "tiny", "--size", "512", "512", "--steps", "6", "--seed", "3", "-o"]
+    without = subprocess.run([*torchrun, script, *asked, tmp_path / "no.png"], capture_output=True, text=True)
+    assert without.returncode and "needs cards" in without.stderr
+    subprocess.run([*torchrun, runner, *asked, tmp_path / "two.png"], check=True, capture_output=True)
+    fields = {"image_size": "square", "num_inference_steps": 6, "seed": 3, "acceleration": "none"}
+    alone = np.asarray(tiny.generate("a red boat", **fields).images[0].image).astype(int)
+    assert np.abs(np.asarray(Image.open(tmp_path / "two.png")) - alone).max() <= 2
