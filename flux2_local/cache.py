@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepCache:
-    """The memory of one denoising run, or of one of its two passes with classifier-free guidance.
+    """The memory of one picture's denoising, or of one of its two passes with classifier-free guidance.
 
     Args:
         policy: when steps may be skipped.
@@ -37,7 +37,7 @@ class StepCache:
         """A new step: what the blocks after the first would add, or None where they are to be computed.
 
         Args:
-            added: what the first block added to the picture's tokens, [B, N, D].
+            added: what the first block added to the picture's tokens, [N, D].
         """
         self.step += 1
         if not self._may_skip(added):

@@ -6,8 +6,10 @@ tensors alive at once in :mod:`flux2_local.model`. A FLOP is one multiplication 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,8 +19,17 @@ from .model.blocks import block_linears
 from .model.language import LanguageConfig, LanguageModel
 from .model.transformer import Flux2Transformer, TransformerConfig
 
+if TYPE_CHECKING:
+    from .hardware import Hardware
+
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one value."""
+
+
+FULL_TOKENS_CPU = 1024
+"""Tokens from which on a CPU gains little by more: its matrix library prepares the weights anew for every product, which the
+tokens share. With the bundled model on one core a step at 512×512 (336 tokens) took about a tenth less per picture in a batch,
+at 768×768 (656 tokens) a twentieth at most, and at 1024×1024 no less (``python -m benchmarks.bulk``)."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,15 @@ def encode_flops(arch: Architecture) -> float:
     layers = parameters(arch)["text_encoder"] - c.vocab_size * c.hidden_size
     attention = 2 * text**2 * c.num_attention_heads * c.head_dim * max(arch.text_layers)
     return 2.0 * (layers * text + attention) * arch.passes
+
+
+def full_tokens(hardware: Hardware, dtype: str) -> int:
+    """Tokens from which on a step's matrix products wait for arithmetic and not for weights, so that more gain nothing: on a
+    GPU the roofline's ridge, where 2 FLOPs a token and weight take as long as reading the weight."""
+    if hardware.kind == "cpu":
+        return FULL_TOKENS_CPU
+    rate = hardware.flops.get(dtype, hardware.flops["float32"])
+    return math.ceil(rate / hardware.memory_rate * WIDTH[dtype] / 2)
 
 
 @cache

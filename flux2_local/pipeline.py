@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
 from .costs import Work
-from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, PlanError, RequestError
+from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
 from .plan import Need, Plan, built, make_plan
 from .presets import devices, parse_bytes, tiers
 from .progress import CancelCheck, OnProgress, Progress, Reporter
-from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, derive_seed, make_request
+from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
 from .result import ImageFile, Result, Timings
 from .version import __version__
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .store import Checkpoint
     from .text.expand import Expander
+    from .text.tokenizer import Tokens
 
 LoraSource = str | Path | tuple[str | Path, float]
 """A LoRA: a file's path or "owner/name:file", alone or with its strength."""
@@ -160,18 +161,42 @@ class Flux2:
             fields = {**{k: getattr(prompt, k) for k in prompt.model_fields_set}, **fields}
         else:
             fields = {"prompt": prompt, **fields}
+        run = self._run(fields, Reporter(progress, cancel))
+        return self._work([run])[0]
+
+    def _run(self, fields: dict[str, Any], report: Reporter) -> Run:
+        """A request, checked and planned.
+
+        Raises:
+            Flux2Error: as :meth:`generate`.
+        """
         request = make_request(self.settings.variant, fields).seeded()
         plan = self._plan_for(request)
         if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
             self._checker = safety.make_checker()
-        run = Run(self, plan, request, Reporter(progress, cancel))
+        return Run(self, plan, request, report)
+
+    def _work(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> list[Result]:
+        """Take requests that run alike through the stages, when it is their turn.
+
+        Args:
+            runs: at least one.
+            around: entered around the stages, once the weights are as the plan says.
+
+        Raises:
+            Flux2Error: as :meth:`generate`.
+        """
         try:
             with self._turn:
-                run.notes += self._adopt(plan)
-                return run.result()
+                runs[0].notes += self._adopt(runs[0].plan)
+                with around():
+                    for run in runs:
+                        run.prepare()
+                    paint(runs)
+                    return [run.result() for run in runs]
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._out_of_memory(request) from error
+                raise self._out_of_memory(runs[0].request) from error
             raise
 
     def generate_many(
@@ -183,10 +208,13 @@ class Flux2:
         progress: OnProgress | None = None,
         cancel: CancelCheck | None = None,
     ) -> Iterator[Result | Flux2Error]:
-        """One result per request, in order, each made when it is asked for. Repeated prompts are encoded once.
+        """One result per request, in order, made as they are asked for. Prompts that come again soon are encoded once.
+
+        Requests of one size, guidance, number of steps and acceleration that follow each other are denoised together where
+        the plan says that it pays, and the prompts of the next ones are encoded meanwhile.
 
         Args:
-            requests: prompts, fields by name, or whole requests; read one at a time.
+            requests: prompts, fields by name, or whole requests; read a few ahead of the results.
             job_seed: a request without a seed gets one that follows from this and its position, so that the same
                 requests give the same pictures every time.
             return_errors: give the error in place of the result of a request that is wrong or does not fit, and go on.
@@ -195,28 +223,14 @@ class Flux2:
         Raises:
             Flux2Error: as :meth:`generate`; with ``return_errors`` only what ends all requests alike.
         """
-        from .text.memory import forgetting, remembering
+        from . import many
 
-        try:
-            for line, request in enumerate(requests, 1):
-                with self._turn:
-                    self._components = remembering(self._components)
-                fields = {"prompt": request} if isinstance(request, str) else request
-                if isinstance(fields, Request):
-                    fields = {k: getattr(fields, k) for k in fields.model_fields_set}
-                if fields.get("seed") is None:
-                    fields = {**fields, "seed": derive_seed(job_seed, line)}
-                try:
-                    given = make_request(self.settings.variant, fields)
-                    result: Result | Flux2Error = self.generate(given, progress=progress, cancel=cancel)
-                except (RequestError, PlanError, OutOfMemoryError) as error:
-                    if not return_errors:
-                        raise
-                    result = error
-                yield result
-        finally:
-            with self._turn:
-                self._components = forgetting(self._components)
+        report = Reporter(progress, cancel)
+        given = many.read(self, requests, job_seed, report)
+        for result in many.results(self, many.grouped(given, many.request_of, many.batch_of)):
+            if isinstance(result, Flux2Error) and not return_errors:
+                raise result
+            yield result
 
     def _plan_for(self, request: Request) -> Plan:
         """How this request runs: its size and acceleration may ask for more than the weights were loaded for.
@@ -372,34 +386,39 @@ class Run:
     report: Reporter
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Everything before the first denoising step: ``prompt``, ``text``, ``negative`` and ``latents``."""
+        references = images.references(self.request.images)
+        self.prompt = self.expand() if self.request.enable_prompt_expansion else self.request.prompt
+        self.text, self.negative = self.encode(self.prompt)
+        self.latents = self.references(references) if references else []
 
     def result(self) -> Result:
-        """All stages in order."""
-        request, c = self.request, self.flux._components
-        references = images.references(request.images)
-        prompt = self.expand() if request.enable_prompt_expansion else request.prompt
-        text, negative = self.encode(prompt)
-        latents = self.references(references) if references else []
-        pictures = []
-        for number in range(request.num_images):
-            tokens, grid = self.denoise(number, text, negative, latents)
-            pictures.append(self.decode(tokens, grid))
-        del text, negative, latents, c
-        checked = self.check(pictures)
-        finished = self.finish(checked, prompt)
+        """The painted pictures, checked and encoded."""
+        checked = self.check(self.pictures)
+        finished = self.finish(checked, self.prompt)
         flagged = tuple(bad for _, bad in checked)
-        timings = Timings(**self.seconds)
-        assert request.seed is not None
-        return Result(finished, timings, request.seed, flagged, prompt, (*self.flux.notes, *self.notes))
+        notes = (*self.flux.notes, *self.notes)
+        return Result(finished, Timings(**self.seconds), self.seed, flagged, self.prompt, notes)
 
     @contextmanager
-    def stage(self, name: Any) -> Iterator[None]:
-        """Time a stage and report its beginning; on a GPU its work is waited for."""
+    def stage(self, name: Any, together: Sequence[Run] = ()) -> Iterator[None]:
+        """Time a stage and report its beginning; on a GPU its work is waited for. Runs that share it share its seconds."""
         self.report(Progress(name))
         start = time.perf_counter()
         yield
         synchronize(self.flux._components.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        runs = together or (self,)
+        for run in runs:
+            run.seconds[name] = run.seconds.get(name, 0.0) + (time.perf_counter() - start) / len(runs)
+
+    @property
+    def seed(self) -> int:
+        """Of the first picture."""
+        assert self.request.seed is not None
+        return self.request.seed
 
     def expand(self) -> str:
         from .text.expand import Expander
@@ -411,25 +430,29 @@ class Run:
             if flux._expander is None:
                 dtype = load.DTYPES[self.plan.dtype]
                 flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
-            assert self.request.seed is not None
-            return flux._expander(self.request.prompt, system[message], self.request.seed)
+            return flux._expander(self.request.prompt, system[message], self.seed)
 
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings of the prompt and, for classifier-free guidance, of the empty prompt; [1, L, joint] each."""
         from .text import encode
 
-        c, preset = self.flux._components, self.flux.checkpoint.preset
+        c = self.flux._components
         with self.stage("encode"), c.hold_text_encoder():
-            tokens = encode.tokenize(c.tokenizer, [prompt], c.style)
-            if tokens.cut:
+            tokens = self.tokens(prompt)
+            if tokens[0].cut:
                 self.notes.append(
                     f"The prompt is longer than {c.style.length} tokens; what comes after them was not read."
                 )
-            text = encode.embed(c.text_encoder, tokens, c.device)
-            if preset.guidance != "cfg" or self.request.guidance_scale <= 1:
-                return text, None
-            empty = encode.tokenize(c.tokenizer, [""], c.style)
-            return text, encode.embed(c.text_encoder, empty, c.device)
+            text, *negative = (encode.embed(c.text_encoder, t, c.device) for t in tokens)
+            return text, negative[0] if negative else None
+
+    def tokens(self, prompt: str) -> list[Tokens]:
+        """The prompt and, for classifier-free guidance, the empty prompt."""
+        from .text import encode
+
+        c = self.flux._components
+        guided = self.flux.checkpoint.preset.guidance == "cfg" and self.request.guidance_scale > 1
+        return [encode.tokenize(c.tokenizer, [p], c.style) for p in ([prompt, ""] if guided else [prompt])]
 
     def references(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
         """Latents [1, C, h, w] of the reference pictures."""
@@ -440,10 +463,13 @@ class Run:
             pixels = [images.reference_pixels(p, c.vae.multiple) for p in pictures]
             return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
 
-    def denoise(
-        self, number: int, text: torch.Tensor, negative: torch.Tensor | None, latents: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Packed latents of picture ``number``, and its size in tokens."""
+    def denoise(self, shots: list[Shot], done: int, count: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Packed latents of ``shots`` [B, N, C], all like this run's own, and their size in tokens.
+
+        Args:
+            shots: the pictures that are denoised together.
+            done, count: denoisings before this one and in all, for the progress.
+        """
         import torch
 
         from . import latents as layout
@@ -454,34 +480,31 @@ class Run:
         preset = flux.checkpoint.preset
         width, height = request.size
         grid = -(-height // c.vae.multiple), -(-width // c.vae.multiple)
-        assert request.seed is not None
         schedule = make_schedule(preset.recipe(flux.settings.variant), flux.steps(request), grid[0] * grid[1])
-        noise = layout.noise(request.seed + number, c.transformer.config.in_channels, *grid)
+        noise = [layout.noise(run.seed + number, c.transformer.config.in_channels, *grid) for run, number in shots]
         positions = [
-            layout.text_positions(text.shape[1]),
+            layout.text_positions(self.text.shape[1]),
             layout.image_positions(*grid),
-            layout.reference_positions([(z.shape[2], z.shape[3]) for z in latents]),
+            layout.reference_positions([(z.shape[2], z.shape[3]) for z in self.latents]),
         ]
         conditions = Conditions(
-            text=text,
-            negative=negative,
+            text=torch.cat([run.text for run, _ in shots]),
+            negative=self.negative,
             guidance=request.guidance_scale,
             embedded=preset.guidance == "embedded",
-            references=torch.cat([layout.pack(z) for z in latents], 1) if latents else None,
+            references=torch.cat([layout.pack(z) for z in self.latents], 1) if self.latents else None,
             rotary=c.transformer.rotary(torch.cat(positions).to(c.device)),
         )
-        total = schedule.steps * request.num_images
+        total = schedule.steps * count
 
         def on_step(step: int, _: torch.Tensor, estimate: torch.Tensor) -> None:
             synchronize(c.device)
             self.report(
-                Progress(
-                    "denoise", number * schedule.steps + step, total, preview=partial(self.preview, estimate, grid)
-                )
+                Progress("denoise", done * schedule.steps + step, total, preview=partial(self.preview, estimate, grid))
             )
 
-        with self.stage("denoise"), c.hold_transformer():
-            start = layout.pack(noise).to(c.device, text.dtype)
+        with self.stage("denoise", [run for run, _ in shots]), c.hold_transformer():
+            start = layout.pack(torch.cat(noise)).to(c.device, self.text.dtype)
             return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
 
     def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
@@ -522,11 +545,10 @@ class Run:
     def finish(self, checked: list[tuple[Image.Image, bool]], prompt: str) -> tuple[ImageFile, ...]:
         """Encode the pictures with their settings inside."""
         request = self.request
-        assert request.seed is not None
         out = []
         with self.stage("finish"):
             for number, (picture, _) in enumerate(checked):
-                seed = request.seed + number
+                seed = self.seed + number
                 settings = self.settings(seed, prompt)
                 data = images.encode(picture, request.output_format, settings)
                 name = f"{slug(request.prompt)}-{seed}{images.SUFFIXES[request.output_format]}"
@@ -563,6 +585,21 @@ class Run:
                 s if isinstance(s, str) and not s.startswith("data:") else str(type(s).__name__) for s in request.images
             ]
         return settings
+
+
+Shot = tuple[Run, int]
+"""A picture to denoise: whose it is, and which of them."""
+
+
+def paint(runs: list[Run]) -> None:
+    """Denoise and decode every picture of prepared runs that are alike, as many together as the plan says."""
+    shots = [(run, number) for run in runs for number in range(run.request.num_images)]
+    size = runs[0].plan.batch
+    parts = [shots[i : i + size] for i in range(0, len(shots), size)]
+    for done, part in enumerate(parts):
+        tokens, grid = runs[0].denoise(part, done, len(parts))
+        for (run, _), own in zip(part, tokens.split(1), strict=True):
+            run.pictures.append(run.decode(own, grid))
 
 
 def slug(prompt: str) -> str:

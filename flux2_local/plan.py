@@ -27,6 +27,10 @@ TILE = 512
 """Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
 
 
+MOST_TOGETHER = 4
+"""Pictures denoised together at most; what a batch gains is nearly all in the first few."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One decision: what was chosen, why, and every candidate that lost with its reason."""
@@ -60,7 +64,7 @@ class Plan:
         ops: the implementation of what lies between the matmuls.
         compile: "off", or what is compiled.
         cache: when steps may be skipped; None computes all.
-        batch: pictures denoised together.
+        batch: pictures of one size that are denoised together, where so many are asked for.
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
@@ -171,6 +175,7 @@ def make_plan(
     rate = hardware.flops.get(dtype, hardware.flops["float32"])
     arch, work = need.arch, need.work
     cache_choice, cache = choose_cache(need)
+    batch_choice, winner = choose_batch(winner, hardware, limit)
     held = ComponentPlan(dtype, winner.placement)
     transformer, text_encoder = (component_plan(winner, name) for name in ("transformer", "text_encoder"))
     return Plan(
@@ -186,7 +191,7 @@ def make_plan(
         ops=ops_choice.value,
         compile="off",
         cache=cache,
-        batch=1,
+        batch=winner.need.work.batch,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
         fold_upsampling=folds(need.tier, hardware, dtype),
@@ -204,6 +209,7 @@ def make_plan(
             layout_choice(need.tier),
             upsampling_choice(need.tier, hardware, dtype),
             cache_choice,
+            batch_choice,
         ),
     )
 
@@ -285,6 +291,27 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
         f"not in the first {policy.warmup} or the last {policy.tail}"
     )
     return Choice("step cache", "first block", reason), policy
+
+
+def choose_batch(winner: Candidate, hardware: Hardware, limit: int) -> tuple[Choice, Candidate]:
+    """How many pictures are denoised together: as many as fill the device, within :data:`MOST_TOGETHER` and memory.
+
+    Returns:
+        The choice, and ``winner`` with that many pictures in its work.
+    """
+    need, work = winner.need, winner.need.work
+    if need.tier.exact:
+        return Choice("batch", "1", "the exact tier denoises every picture by itself, as the reference does"), winner
+    tokens = need.arch.tokens(work.width, work.height) + work.reference_tokens + need.arch.text_tokens
+    full = costs.full_tokens(hardware, winner.dtype)
+    batch = min(MOST_TOGETHER, -(-full // tokens))
+    if batch == 1:
+        return Choice("batch", "1", f"the {tokens} tokens of one picture fill the device, which takes {full}"), winner
+    for count in range(batch, 1, -1):
+        several = replace(winner, need=replace(need, work=replace(work, batch=count)))
+        if several.peak <= limit:
+            return Choice("batch", str(count), f"one picture has {tokens} tokens and the device takes {full}"), several
+    return Choice("batch", "1", "there is no memory for more"), winner
 
 
 def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Choice, str]:

@@ -23,7 +23,7 @@ class Conditions:
     """What a denoising run is conditioned on.
 
     Attributes:
-        text: prompt embeddings [1, L, joint]; with classifier-free guidance the empty prompt's follow in ``negative``.
+        text: prompt embeddings [1 or B, L, joint]; with classifier-free guidance the empty prompt's follow in ``negative``.
         negative: the empty prompt's embeddings, or None.
         guidance: the guidance scale.
         embedded: whether the network itself reads the guidance scale.
@@ -67,7 +67,7 @@ def denoise(
         schedule: noise levels.
         conditions: prompt, guidance and references; broadcast over B.
         on_step: told after every step; may raise to stop.
-        policy: when steps may be skipped; None computes all.
+        policy: when steps may be skipped, each picture's by itself; None computes all.
 
     Returns:
         [B, N, C], the dtype of ``noise``.
@@ -80,7 +80,7 @@ def denoise(
     sigmas = torch.from_numpy(schedule.sigmas).to(device)
     x, count = noise, noise.shape[1]
     levels = tuple(float(s) for s in schedule.sigmas)
-    own, other = (None if policy is None else StepCache(policy, levels) for _ in range(2))
+    own, other = (None if policy is None else [StepCache(policy, levels) for _ in noise] for _ in range(2))
     for i, mod in enumerate(table):
         tokens = x if references is None else torch.cat([x, references], 1)
         tokens = tokens.to(transformer.dtype)

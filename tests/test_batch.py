@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -72,9 +74,24 @@ def stopping(after):
     return engine
 
 
-def do(folder, job=None, engine=drawing, **target):
+class Drawn:
+    """An engine of a function of pictures, which are drawn ``together`` at a time."""
+
+    facts: ClassVar = {"fixed": {}, "machine": {}}
+
+    def __init__(self, draw, together=1):
+        self.draw, self.together, self.groups = draw, together, []
+
+    def batch(self, request):
+        return self.together
+
+    def __call__(self, groups):
+        return self.draw(picture for group in groups for picture in self.groups.append(group) or group)
+
+
+def do(folder, job=None, engine=drawing, together=1, **target):
     with open_batch(job or job_of(), Target(folder, **target)) as batch:
-        batch.work(engine)
+        batch.work(Drawn(engine, together))
     return batch
 
 
@@ -211,6 +228,22 @@ def test_stopped_anywhere_and_resumed_is_the_same(tmp_path, layout, after):
     assert do(tmp_path / "parts", resume=True, **target).made == 0
 
 
+def test_what_is_denoised_together_follows_from_the_job(tmp_path):
+    """Groups after an interruption are those of a run without one, whole, so that no last bit can depend on it."""
+    job = job_of([{"prompt": f"number {n}"} for n in range(7)] + [{"prompt": "b", "guidance_scale": 3}] * 2)
+    first, second, whole = (Drawn(drawing, 3), Drawn(drawing, 3), Drawn(drawing, 3))
+    with open_batch(job, Target(tmp_path / "whole")) as batch:
+        batch.work(whole)
+    first.draw = stopping(4)
+    with open_batch(job, Target(tmp_path / "parts")) as batch, pytest.raises(errors.Cancelled):
+        batch.work(first)
+    with open_batch(job, Target(tmp_path / "parts", resume=True)) as batch:
+        batch.work(second)
+    assert [[p.line for p in group] for group in whole.groups] == [[1, 2, 3], [4, 5, 6], [7], [8, 9]]
+    assert [[p.line for p in group] for group in second.groups] == [[4, 5, 6], [7], [8, 9]]
+    assert batch.made == 5 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def damage_torn(folder):
     path = folder / "manifest.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
@@ -324,7 +357,7 @@ def test_other_lines_or_options_do_not_resume(tmp_path, whole):
     other = {"fixed": {"model": "b"}, "machine": {"threads": 1}}
     with open_batch(job_of(), Target(tmp_path / "new")) as batch:
         assert batch.settle(facts) == []
-        batch.work(drawing)
+        batch.work(Drawn(drawing))
     with open_batch(job_of(), Target(tmp_path / "new", resume=True)) as batch:
         assert "threads 1 then, 2 now" in batch.settle({**facts, "machine": {"threads": 2}})[0]
         with pytest.raises(errors.OutputError, match="model a then, b now"):
@@ -412,6 +445,28 @@ def test_sheet_and_gallery(tmp_path, layout):
         sheet.make_sheets(tmp_path / "nowhere", tmp_path / "s.png", tmp_path / "g.html")
 
 
+def test_the_gallery_in_a_browser(tmp_path, browser):
+    do(tmp_path)
+    sheet.make_sheets(tmp_path, tmp_path / "sheet.png", tmp_path / "gallery.html")
+    page = browser.new_page()
+    problems, asked = [], []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    address = (tmp_path / "gallery.html").as_uri()
+    page.goto(address)
+    assert page.locator("figure:visible").count() == 5
+    sizes = page.eval_on_selector_all("img", "all => Promise.all(all.map(i => i.decode().then(() => i.naturalWidth)))")
+    assert sizes == [16] * 5
+    assert page.locator("figcaption").nth(2).inner_text().startswith("<b>two</b> & three")
+    page.fill("input", "FOX a")
+    assert page.locator("figure:visible").count() == 1
+    page.locator("figure:visible a").click()
+    page.wait_for_url("**/000004-000-a-fox.png")
+    assert not problems and all(url.startswith(("data:", address.rsplit("/", 1)[0])) for url in asked)
+    page.close()
+
+
 # With a model
 
 
@@ -478,11 +533,11 @@ def test_interrupted_killed_and_resumed_with_a_model(tmp_path, dev_folder):
 
 def test_a_lost_process_is_replaced(tmp_path, dev_folder):
     job = job_of([{"prompt": "a boat"}, {"prompt": "a fox"}])
-    with engines.Pool(["cpu"], {"model": str(dev_folder), "variant": "standard"}, lambda: False) as pool:
-        made = iter(pool(job.pictures()))
+    with engines.Pool(engines.processes(["cpu"], {"model": str(dev_folder), "variant": "standard"})) as pool:
+        made = pool([picture] for picture in job.pictures())
         next(made)
-        pool.processes[0]._process.kill()
-        assert [p.line for p, _ in made] == [2]
+        pool.workers[0]._process.kill()
+        assert [p.line for p, _ in made] == [2] and pool.lost == 1
 
 
 def test_mistakes(tmp_path, dev_folder):
@@ -534,9 +589,113 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, dev_folder):
     ]
     told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert told["pictures"] == 6 and told["prompts"] == 2 and told["seconds"] > 0 and told["bytes"] > 10_000
+    assert told["pictures_per_hour"] == pytest.approx(6 * 3600 / told["seconds"])
     text = CliRunner().invoke(app, arguments).stdout
     assert "6 pictures of 2 lines" in text and "predicted" in text and "placement" in text
     assert not (tmp_path / "o").exists()
+
+
+def test_a_million_pictures_are_sized_without_making_them_up(tmp_path):
+    """For a card that is not here and a model that is not on the disk."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a boat\n", "utf-8")
+    arguments = [
+        "batch",
+        str(prompts),
+        "--repeat",
+        "1000000",
+        "--dry-run",
+        "--json",
+        "--device",
+        "h200",
+        "-m",
+        "klein-4b",
+    ]
+    start = time.perf_counter()
+    told = json.loads(CliRunner().invoke(app, [*arguments, "-v", "flash", "--size", "square_hd"]).stdout)
+    assert time.perf_counter() - start < 10 and told["pictures"] == 1_000_000 and told["prompts"] == 1
+    assert told["bytes"] > 10**12 and told["seconds"] == pytest.approx(1e6 * told["plans"][0]["seconds_each"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "spark"], "local or ray"),
+        (["--engine", "ray", "--devices", "cpu"], "--workers"),
+        (["--workers", "2"], "--engine ray"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_engines_that_are_none(tmp_path, options, words):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a boat\n", "utf-8")
+    done = CliRunner().invoke(app, ["batch", str(prompts), "-m", "tiny", "-o", str(tmp_path / "o"), *options])
+    assert isinstance(done.exception, errors.RequestError) and words in str(done.exception)
+    assert not (tmp_path / "o").exists()
+
+
+def test_ray_that_is_not_installed_is_said_with_its_command(monkeypatch):
+    from flux2_local.batch.cluster import require_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(errors.BackendUnavailableError, match=r"flux2-local\[ray\]"):
+        require_ray()
+
+
+class Failing:
+    """A worker whose model is another one, or does not load."""
+
+    def __init__(self, model="a", problem=None):
+        self.facts, self.problem = {"fixed": {"model": model}}, problem
+
+    def start(self):
+        if self.problem:
+            raise self.problem
+
+    def stop(self):
+        pass
+
+
+def test_workers_must_draw_the_same():
+    with (
+        pytest.raises(errors.PlanError, match="model (a and b|b and a)"),
+        engines.Pool([Failing("a"), Failing("b")]),
+    ):
+        pass
+    with (
+        pytest.raises(errors.ModelError, match="no weights"),
+        engines.Pool([Failing(problem=errors.ModelError("no weights"))]),
+    ):
+        pass
+
+
+def test_a_pool_begins_with_the_first_worker_that_is_ready(tmp_path):
+    ready = threading.Event()
+
+    class Artist(Failing):
+        made = 0
+
+        def batch(self, request):
+            return 2
+
+        def make(self, group):
+            self.made += len(group)
+            return [draw(picture.request) for picture in group]
+
+    class Late(Artist):
+        def start(self):
+            assert ready.wait(60)
+
+    first, late = Artist(), Late()
+    job = job_of([{"prompt": f"number {n}"} for n in range(40)])
+
+    def tell(batch):
+        ready.set()
+        time.sleep(0.01)
+
+    with open_batch(job, Target(tmp_path)) as batch, engines.Pool([first, late], gradual=True) as pool:
+        batch.work(pool, tell)
+    assert batch.made == 40 and first.made and late.made and first.made + late.made == 40
 
 
 @pytest.mark.skipif(not has_arrow(), reason="needs pyarrow")

@@ -11,7 +11,7 @@ LAYERS = (
     ("cli", "server", "batch", "bench", "fal", "playground"),
     ("explore", "download", "endpoints"),
     ("pipeline",),
-    ("safety", "load"),
+    ("safety", "load", "many"),
     ("sampler", "plan", "text", "lora", "store", "offload", "quant", "attention", "cache"),
     ("costs", "hardware", "schedule", "latents"),
     ("model",),

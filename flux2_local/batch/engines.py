@@ -1,18 +1,22 @@
-"""Who makes the pictures: this process, or one process per device."""
+"""Who makes the pictures: this process, one process per device, or (:mod:`.cluster`) workers of a Ray cluster."""
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import tee
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain, tee
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from .. import errors
-from ..errors import Cancelled, Flux2Error
+from .. import errors, many
+from ..errors import Cancelled, Flux2Error, PlanError
+from ..progress import Reporter
+from ..request import Request
 from ..result import ImageFile, Result, Timings
 from ..server import frames
 from ..version import __version__
@@ -23,8 +27,12 @@ if TYPE_CHECKING:
     from ..pipeline import Flux2
 
 Made = tuple[Picture, "Result | Flux2Error"]
+Answer = tuple[frames.Message, bytes]
+"""What a worker says about one picture, with its file."""
+
+T = TypeVar("T")
 AHEAD = 4
-"""Pictures per process that may be under way or waiting for an earlier one."""
+"""Groups per worker that may be under way or waiting for an earlier one."""
 
 TRIES = 3
 WAIT_SECONDS = 0.2
@@ -57,92 +65,161 @@ def facts_of(flux: Flux2) -> Record:
     }
 
 
-def in_this_process(flux: Flux2, cancel: Callable[[], bool]) -> Callable[[Iterator[Picture]], Iterator[Made]]:
+class ThisProcess:
     """An engine that uses one loaded model."""
 
-    def engine(pictures: Iterator[Picture]) -> Iterator[Made]:
-        kept, read = tee(pictures)
-        results = flux.generate_many((p.request for p in read), return_errors=True, cancel=cancel)
-        return zip(kept, results, strict=True)
+    def __init__(self, flux: Flux2, cancel: Callable[[], bool] = lambda: False) -> None:
+        self.flux, self.report, self.facts = flux, Reporter(cancelled=cancel), facts_of(flux)
 
-    return engine
+    def batch(self, request: Request) -> int:
+        return batch_of(self.flux, request)
+
+    def __call__(self, groups: Iterator[list[Picture]]) -> Iterator[Made]:
+        kept, read = tee(groups)
+        given = ([many.checked(self.flux, fields_of(p), self.report) for p in group] for group in read)
+        return zip(chain.from_iterable(kept), many.results(self.flux, given), strict=True)
 
 
-class Process:
-    """A worker process with a model on one device. It writes no files: it may die at any moment.
+def batch_of(flux: Flux2, request: Request) -> int:
+    """How many pictures like this one ``flux`` denoises together."""
+    try:
+        return flux._plan_for(request).batch
+    except PlanError:
+        return 1
+
+
+def fields_of(picture: Picture) -> dict[str, Any]:
+    """What its request says and does not leave to the default."""
+    return {name: getattr(picture.request, name) for name in picture.request.model_fields_set}
+
+
+class Worker(Protocol):
+    """A model somewhere else. It writes no files: it may die at any moment.
 
     Attributes:
         facts: as :func:`facts_of`, once started.
     """
 
-    def __init__(self, loading: dict[str, Any]) -> None:
-        self.loading = loading
+    facts: Record
+
+    def start(self) -> None:
+        """Load the model, for the first time or again.
+
+        Raises:
+            Flux2Error: as :meth:`flux2_local.Flux2.load`, or it ended without a word.
+        """
+
+    def batch(self, request: Request) -> int:
+        """As :func:`batch_of`.
+
+        Raises:
+            ConnectionError: it died.
+        """
+
+    def make(self, group: list[Picture]) -> list[Result | Flux2Error]:
+        """Make pictures that are denoised together; an error in place of each that cannot be made.
+
+        Raises:
+            ConnectionError: it died.
+            Flux2Error: what no picture could be made under.
+        """
+
+    def stop(self) -> None:
+        """End it at once."""
+
+
+class Process:
+    """A worker that is a process of this machine.
+
+    Args:
+        loading: arguments of :meth:`flux2_local.Flux2.load`.
+        threads: processor threads that it may use; as many as it likes where None.
+    """
+
+    def __init__(self, loading: dict[str, Any], threads: int | None = None) -> None:
+        self.loading, self.threads = loading, threads
         self.facts: Record = {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Load the model.
+        own = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flux2_local.batch.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **own},
+        )
+        try:
+            told, _ = self.ask(self.loading)[0]
+        except ConnectionError:
+            name = self.loading["device"]
+            raise Flux2Error(f"The process for {name} ended while it loaded the model.") from None
+        if "error" in told:
+            raise rebuilt(told)
+        self.facts = told
+
+    def ask(self, message: frames.Message, answers: int = 1) -> list[Answer]:
+        """Send a message and wait for its answers.
 
         Raises:
-            Flux2Error: as :meth:`flux2_local.Flux2.load`, or the process ended without a word.
+            ConnectionError: the process has ended.
         """
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "flux2_local.batch.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        answer = self.ask(self.loading)
-        if answer is None:
-            raise Flux2Error(f"The process for {self.loading['device']} ended while it loaded the model.")
-        if "error" in answer[0]:
-            raise rebuilt(answer[0])
-        self.facts = answer[0]
-
-    def ask(self, message: frames.Message) -> tuple[frames.Message, bytes] | None:
-        """Send a message and wait for its answer; None when the process has ended."""
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(frames.pack(message))
             self._process.stdin.flush()
-            return frames.read(self._process.stdout)  # type: ignore[arg-type]
-        except (OSError, ValueError):
-            return None
-
-    def make(self, picture: Picture) -> Result | Flux2Error:
-        """Make a picture; the error in its place where it cannot be made.
-
-        Raises:
-            Flux2Error: what no picture could be made under.
-        """
-        answer = self.ask(picture.request.model_dump(mode="json"))
-        if answer is None:
+            found = [frames.read(self._process.stdout) for _ in range(answers)]  # type: ignore[arg-type]
+        except (OSError, ValueError) as error:
+            raise ConnectionError from error
+        if None in found:
             raise ConnectionError
-        told, data = answer
-        if "error" in told:
-            if told["ends"]:
-                raise rebuilt(told)
-            return rebuilt(told)
-        width, height = told["size"]
-        image = ImageFile(data, width, height, told["content_type"], told["file_name"], told["settings"])
-        return Result((image,), Timings(), told["seed"], (told["nsfw"],), told["prompt"])
+        return found  # type: ignore[return-value]
+
+    def batch(self, request: Request) -> int:
+        told: int = self.ask({"batch": request.model_dump(mode="json")})[0][0]["batch"]
+        return told
+
+    def make(self, group: list[Picture]) -> list[Result | Flux2Error]:
+        requests = [picture.request.model_dump(mode="json") for picture in group]
+        return [unpacked(*answer) for answer in self.ask({"requests": requests}, len(group))]
 
     def stop(self) -> None:
-        """End the process at once."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
 
-class Pool:
-    """One process per device; an engine, and a context manager that ends them all.
+def processes(devices: list[str], loading: dict[str, Any], threads: int | None = None) -> list[Process]:
+    """A process per device."""
+    return [Process({**loading, "device": device}, threads) for device in devices]
 
-    Pictures are handed to whichever process is free and given back in the job's order, so that the folder does not show
-    how many there were.
+
+class Pool:
+    """An engine of several workers, and a context manager that ends them all.
+
+    Groups are handed to whichever worker is free and given back in the job's order, so that the folder does not show how
+    many there were. A worker that dies is started again and its group is made again.
+
+    Args:
+        workers: at least one.
+        cancel: asked now and then; True stops.
+        gradual: begin when the first worker is ready, and let the others join when they are.
+
+    Attributes:
+        facts: of the first worker that was ready; the others must agree on what is fixed.
+        lost: workers that died.
     """
 
-    def __init__(self, devices: list[str], loading: dict[str, Any], cancel: Callable[[], bool]) -> None:
-        self.processes = [Process({**loading, "device": device}) for device in devices]
-        self.cancel, self.closing, self.lost = cancel, False, 0
-        self.free: queue.Queue[Process] = queue.Queue()
-        self.threads = ThreadPoolExecutor(len(devices))
+    def __init__(
+        self, workers: Sequence[Worker], cancel: Callable[[], bool] = lambda: False, gradual: bool = False
+    ) -> None:
+        self.workers, self.cancel, self.gradual = workers, cancel, gradual
+        self.closing, self.lost, self.facts = False, 0, cast("Record", {})
+        self.starting: list[Future[None]] = []
+        self.turn = threading.Lock()
+        self.free: queue.Queue[Worker] = queue.Queue()
+        self.batches: dict[Hashable, int] = {}
+        self.threads = ThreadPoolExecutor(len(workers))
 
     def __enter__(self) -> Pool:
         """Load the model everywhere at the same time.
@@ -150,52 +227,91 @@ class Pool:
         Raises:
             Flux2Error: as :meth:`flux2_local.Flux2.load`.
         """
+        self.starting = [self.threads.submit(self.join, worker) for worker in self.workers]
         try:
-            for started in [self.threads.submit(p.start) for p in self.processes]:
-                self.wait(started)
+            while not (all if not self.gradual else any)(future.done() for future in self.starting):
+                self.pause()
+            self.check()
         except BaseException:
             self.__exit__()
             raise
-        for process in self.processes:
-            self.free.put(process)
         return self
+
+    def join(self, worker: Worker) -> None:
+        """Start a worker and let it take part.
+
+        Raises:
+            Flux2Error: as :meth:`Worker.start`, or it would draw other pictures than the first.
+        """
+        worker.start()
+        with self.turn:
+            self.facts = self.facts or worker.facts
+        first, own = self.facts["fixed"], worker.facts["fixed"]
+        if unlike := [f"{name} {first[name]} and {own[name]}" for name in first if first[name] != own[name]]:
+            raise PlanError(
+                f"Two workers would not draw the same: {', '.join(unlike)}. Insist on --dtype and --quantize."
+            )
+        self.free.put(worker)
+
+    def check(self) -> None:
+        """Make sure that no worker has failed to start.
+
+        Raises:
+            Flux2Error: what the first of them said.
+        """
+        for future in self.starting:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
 
     def __exit__(self, *error: object) -> None:
         self.closing = True
-        for process in self.processes:
-            process.stop()
+        for worker in self.workers:
+            worker.stop()
         self.threads.shutdown(cancel_futures=True)
 
-    @property
-    def facts(self) -> Record:
-        return self.processes[0].facts
+    def batch(self, request: Request) -> int:
+        key = many.kind(request)
+        if key not in self.batches:
+            self.batches[key] = self.wait(self.threads.submit(self.ask, lambda worker: worker.batch(request)))
+        return self.batches[key]
 
-    def __call__(self, pictures: Iterator[Picture]) -> Iterator[Made]:
-        under_way: deque[tuple[Picture, Future[Result | Flux2Error]]] = deque()
-        for picture in pictures:
-            under_way.append((picture, self.threads.submit(self.make, picture)))
-            if len(under_way) >= AHEAD * len(self.processes):
+    def __call__(self, groups: Iterator[list[Picture]]) -> Iterator[Made]:
+        under_way: deque[tuple[list[Picture], Future[list[Result | Flux2Error]]]] = deque()
+        for group in groups:
+            under_way.append((group, self.threads.submit(self.make, group)))
+            if len(under_way) >= AHEAD * len(self.workers):
                 first, future = under_way.popleft()
-                yield first, self.wait(future)
+                yield from zip(first, self.wait(future), strict=True)
         for last, future in under_way:
-            yield last, self.wait(future)
+            yield from zip(last, self.wait(future), strict=True)
 
-    def make(self, picture: Picture) -> Result | Flux2Error:
-        """Have a free process make a picture; one that dies is started again and the picture is tried again."""
-        process = self.free.get()
+    def make(self, group: list[Picture]) -> list[Result | Flux2Error]:
+        """Have a free worker make a group."""
+        try:
+            return self.ask(lambda worker: worker.make(group))
+        except ConnectionError:
+            return [Flux2Error(f"The worker that made it died {TRIES} times.")] * len(group)
+
+    def ask(self, question: Callable[[Worker], T]) -> T:
+        """What a free worker answers; one that dies is started again and asked again.
+
+        Raises:
+            ConnectionError: it died :data:`TRIES` times.
+        """
+        worker = self.free.get()
         try:
             for _ in range(TRIES):
                 try:
-                    return process.make(picture)
+                    return question(worker)
                 except ConnectionError:
                     if self.closing:
                         break
                     self.lost += 1
-                    process.stop()
-                    process.start()
-            return Flux2Error(f"The process that made it died {TRIES} times.")
+                    worker.stop()
+                    worker.start()
+            raise ConnectionError
         finally:
-            self.free.put(process)
+            self.free.put(worker)
 
     def wait(self, future: Future[Any]) -> Any:
         """A future's result, giving the caller the chance to stop.
@@ -203,14 +319,36 @@ class Pool:
         Raises:
             Cancelled: the cancel callback returned True.
         """
-        while True:
-            if self.cancel():
-                raise Cancelled("Cancelled by the caller.")
-            try:
-                return future.result(WAIT_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    raise
+        while not future.done():
+            self.pause([future])
+        return future.result()
+
+    def pause(self, futures: Sequence[Future[Any]] = ()) -> None:
+        """Wait a little, or for a future.
+
+        Raises:
+            Cancelled: the cancel callback returned True.
+            Flux2Error: a worker could not start.
+        """
+        if self.cancel():
+            raise Cancelled("Cancelled by the caller.")
+        self.check()
+        wait(futures or self.starting, WAIT_SECONDS)
+
+
+def unpacked(told: frames.Message, data: bytes) -> Result | Flux2Error:
+    """What a worker process answered about a picture.
+
+    Raises:
+        Flux2Error: what no picture could be made under.
+    """
+    if "error" in told:
+        if told["ends"]:
+            raise rebuilt(told)
+        return rebuilt(told)
+    width, height = told["size"]
+    image = ImageFile(data, width, height, told["content_type"], told["file_name"], told["settings"])
+    return Result((image,), Timings(), told["seed"], (told["nsfw"],), told["prompt"])
 
 
 def rebuilt(told: frames.Message) -> Flux2Error:

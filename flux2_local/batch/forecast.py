@@ -44,6 +44,11 @@ class Forecast:
     size: int
     shares: tuple[Share, ...]
 
+    @property
+    def per_hour(self) -> float:
+        """Pictures that one device makes in an hour."""
+        return 3600 * self.count / self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
         plans = [
@@ -58,7 +63,8 @@ class Forecast:
             }
             for s in self.shares
         ]
-        return {"prompts": self.prompts, "seconds": self.seconds, "bytes": self.size, "plans": plans}
+        facts = {"seconds": self.seconds, "pictures_per_hour": self.per_hour, "bytes": self.size}
+        return {"prompts": self.prompts, **facts, "plans": plans}
 
 
 def forecast(job: Job, model: str | Path | None, settings: Settings, device: str | None) -> Forecast:
@@ -70,13 +76,12 @@ def forecast(job: Job, model: str | Path | None, settings: Settings, device: str
     kinds: Counter[tuple[Any, ...]] = Counter()
     examples: dict[tuple[Any, ...], Request] = {}
     size, prompts, last = 0.0, 0, None
-    for picture in job.pictures():
-        request = picture.request
+    for request, count in (pair for line in job.lines for pair in job.sweep.requests(line)):
         width, height = request.size
         kind = (width, height, request.num_inference_steps, request.acceleration)
-        kinds[kind] += 1
+        kinds[kind] += count
         examples.setdefault(kind, request)
-        size += RECORD_BYTES + width * height * BYTES_PER_PIXEL[request.output_format]
+        size += count * (RECORD_BYTES + width * height * BYTES_PER_PIXEL[request.output_format])
         prompts += request.prompt != last
         last = request.prompt
     shares = [Share(count, plan_of(examples[kind], model, settings, device)) for kind, count in kinds.most_common()]

@@ -10,19 +10,33 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import files
 from ..errors import Flux2Error, OutputError
+from ..many import grouped
 from .job import Job, Picture
 from .manifest import Manifest, Record
 from .stores import Store, TakenError, clear, make_store
 
 if TYPE_CHECKING:
+    from ..request import Request
     from ..result import Result
 
-Engine = Callable[[Iterator[Picture]], Iterator[tuple[Picture, "Result | Flux2Error"]]]
-"""Makes pictures: takes them one at a time and gives each back, in order, with its result or why there is none."""
+
+class Engine(Protocol):
+    """Makes pictures."""
+
+    @property
+    def facts(self) -> Record:
+        """What decides the pixels, as :meth:`Batch.settle` takes it."""
+
+    def batch(self, request: Request) -> int:
+        """How many pictures like this one are denoised together."""
+
+    def __call__(self, groups: Iterator[list[Picture]]) -> Iterator[tuple[Picture, Result | Flux2Error]]:
+        """Make groups that are each denoised together; every picture, in order, with its result or why there is none."""
+
 
 FACTS = "batch.json"
 
@@ -131,13 +145,24 @@ class Batch:
             Flux2Error: something that no picture could be made under.
         """
         self.start = time.perf_counter()
-        todo = (p for p in self.job.pictures() if (p.line, p.number) not in self.manifest.done)
-        for picture, result in engine(todo):
+        for picture, result in engine(self.groups(engine.batch)):
+            if self.has(picture):
+                continue
             if isinstance(result, Flux2Error):
                 self.failures.append(Failure(picture.line, picture.number, str(result)))
             else:
                 self.keep(picture, result)
             tell(self)
+
+    def has(self, picture: Picture) -> bool:
+        """Whether it is finished."""
+        return (picture.line, picture.number) in self.manifest.done
+
+    def groups(self, batch: Callable[[Request], int]) -> Iterator[list[Picture]]:
+        """What is denoised together, where any of it is not finished. A group is always made whole: it follows from the job,
+        so that no last bit depends on where an earlier run ended."""
+        groups = grouped(self.job.pictures(), lambda p: p.request, lambda p: batch(p.request))
+        return (group for group in groups if not all(map(self.has, group)))
 
     def keep(self, picture: Picture, result: Result) -> None:
         """Store a picture, then say so in the manifest."""

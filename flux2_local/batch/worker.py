@@ -1,14 +1,21 @@
-"""A worker process: ``python -m flux2_local.batch.worker``. Loads one model and makes one picture per message."""
+"""A worker process: ``python -m flux2_local.batch.worker``. Loads one model and makes the pictures of each message."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .. import many
 from ..errors import Flux2Error
+from ..progress import Reporter
 from ..server import frames
+
+if TYPE_CHECKING:
+    from ..pipeline import Flux2
+    from .engines import Answer
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
@@ -22,33 +29,53 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
     if setup is None:
         return
     try:
-        from ..pipeline import Flux2
-        from .engines import facts_of
+        from ..request import make_request
+        from .engines import batch_of, facts_of
 
-        loading = setup[0]
-        loading["lora"] = [tuple(pair) for pair in loading.get("lora") or []] or None
-        flux = Flux2.load(**loading)
+        flux = load(setup[0])
         tell(facts_of(flux))
     except Flux2Error as error:
         tell(failure(error))
         return
     try:
-        for result in flux.generate_many(requests(source), return_errors=True):
-            if isinstance(result, Flux2Error):
-                tell({**failure(result), "ends": False})
+        while (frame := frames.read(source)) is not None:
+            message, _ = frame
+            if "batch" in message:
+                tell({"batch": batch_of(flux, make_request(flux.settings.variant, message["batch"]))})
                 continue
-            image = result.images[0]
-            facts = {"size": (image.width, image.height), "nsfw": result.has_nsfw_concepts[0], "prompt": result.prompt}
-            names = ("content_type", "file_name", "settings")
-            tell({**facts, "seed": result.seed, **{name: getattr(image, name) for name in names}}, image.data)
+            for answer in made(flux, message["requests"]):
+                tell(*answer)
     except Flux2Error as error:
         tell(failure(error))
 
 
-def requests(source: BinaryIO) -> Any:
-    """Requests as they come in."""
-    while (frame := frames.read(source)) is not None:
-        yield frame[0]
+def load(loading: dict[str, Any]) -> Flux2:
+    """A model, from arguments of :meth:`flux2_local.Flux2.load` as JSON leaves them.
+
+    Raises:
+        Flux2Error: as loading does.
+    """
+    from ..pipeline import Flux2
+
+    lora = [tuple(pair) for pair in loading.get("lora") or []] or None
+    return Flux2.load(**{**loading, "lora": lora})
+
+
+def made(flux: Flux2, requests: list[dict[str, Any]]) -> Iterator[Answer]:
+    """What requests that are denoised together give. Prompts are remembered from one group to the next.
+
+    Raises:
+        Flux2Error: what no picture could be made under.
+    """
+    many.remember(flux)
+    for result in many.results(flux, [[many.checked(flux, fields, Reporter()) for fields in requests]]):
+        if isinstance(result, Flux2Error):
+            yield {**failure(result), "ends": False}, b""
+            continue
+        image = result.images[0]
+        facts = {"size": (image.width, image.height), "nsfw": result.has_nsfw_concepts[0]}
+        facts |= {name: getattr(image, name) for name in ("content_type", "file_name", "settings")}
+        yield {**facts, "prompt": result.prompt, "seed": result.seed}, image.data
 
 
 def failure(error: Flux2Error) -> frames.Message:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,7 @@ from . import generate, options
 if TYPE_CHECKING:
     from ..batch.engines import Pool
     from ..batch.job import Job
-    from ..batch.run import Batch, Target
+    from ..batch.run import Batch, Engine, Target
     from ..pipeline import Flux2
 
 FAILED = 1
@@ -146,6 +147,20 @@ def batch(
         str | None,
         typer.Option("--devices", help="One process per device, such as cuda:0,cuda:1 (default: this process alone)."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option("--engine", help="local, or ray: the workers of a Ray cluster (RAY_ADDRESS, else this machine)."),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", help="With --engine ray: how many (default: one per card, or as many as the cores take)."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Processor threads of each process; another number can move last bits."),
+    ] = None,
     model: options.Model = None,
     variant: options.VariantOption = None,
     acceleration: options.AccelerationOption = None,
@@ -185,13 +200,14 @@ def batch(
         from ..batch.manifest import require_parquet
 
         require_parquet()
+    names = [name.strip() for name in devices.split(",")] if devices else []
+    make_engine = Engines(loading, engine, names, workers, threads)
     job = read_job(prompts, input_format, loading, defaults, (grid, seeds, repeat, job_seed), strict, as_json)
     target = Target(output, layout, shard_size, resume, overwrite)
     if dry_run:
         predict(job, target, loading, as_json)
     else:
-        names = [name.strip() for name in devices.split(",")] if devices else []
-        run(job, target, loading, names, parquet, as_json, quiet)
+        run(job, target, make_engine, parquet, as_json, quiet)
     if job.bad:
         raise typer.Exit(FAILED)
 
@@ -280,14 +296,15 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
             f"  {share.count} at {work.width}×{work.height}, {work.steps} steps, {share.plan.acceleration}: "
             f"{share.plan.seconds:.2f} s each"
         )
-    print(f"about {duration(told.seconds)} on one device and {show_bytes(told.size)} in {target.folder}, predicted")
+    print(
+        f"predicted: {duration(told.seconds)} on one device, {told.per_hour:.0f} pictures an hour, and {show_bytes(told.size)} in "
+        f"{target.folder}"
+    )
     for share in told.shares[:1]:
         print(share.plan)
 
 
-def run(
-    job: Job, target: Target, loading: dict[str, Any], devices: list[str], parquet: bool, as_json: bool, quiet: bool
-) -> None:
+def run(job: Job, target: Target, engines: Engines, parquet: bool, as_json: bool, quiet: bool) -> None:
     """Open the folder, load, make the pictures, say how it went.
 
     Raises:
@@ -299,8 +316,8 @@ def run(
     meter, stop = Meter(not (as_json or quiet)), Stop()
     with open_batch(job, target) as work:
         if work.left:
-            with loaded(loading, devices, stop, meter) as (engine, facts), stop.listening():
-                for note in work.settle(facts):
+            with engines.loaded(stop, meter) as engine, stop.listening():
+                for note in work.settle(engine.facts):
                     meter.say(f"note: {note}")
                 try:
                     work.work(engine, meter)
@@ -319,22 +336,71 @@ def run(
         raise typer.Exit(FAILED)
 
 
-@contextmanager
-def loaded(
-    loading: dict[str, Any], devices: list[str], stop: Stop, meter: Meter
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """An engine with its model loaded, and what decides its pixels."""
-    from ..batch.engines import Pool, facts_of, in_this_process
-    from ..pipeline import Flux2
+@dataclass(frozen=True)
+class Engines:
+    """Which engine is wanted.
 
-    if devices:
-        with Pool(devices, loading, stop) as pool:
-            say_pool(pool, meter)
-            yield pool, pool.facts
-        return
-    flux = Flux2.load(**loading)
-    say_model(flux, meter)
-    yield in_this_process(flux, stop), facts_of(flux)
+    Attributes:
+        loading: arguments of :meth:`flux2_local.Flux2.load`.
+        engine: "local" or "ray".
+        devices: one process for each; none for this process alone.
+        workers: of a Ray cluster; as many as there is room for where None.
+        threads: processor threads of each process.
+
+    Raises:
+        RequestError: options that do not go together.
+        BackendUnavailableError: Ray is wanted and not installed.
+    """
+
+    loading: dict[str, Any]
+    engine: str
+    devices: list[str]
+    workers: int | None
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("local", "ray"):
+            raise RequestError(f"--engine must be local or ray; {self.engine!r} was given.")
+        if self.engine == "ray" and self.devices:
+            raise RequestError("--devices is for --engine local; Ray gives each of its --workers a card.")
+        if self.engine == "local" and self.workers is not None:
+            raise RequestError("--workers is for --engine ray; --devices names one process per device here.")
+        for name, value in (("--workers", self.workers), ("--threads", self.threads)):
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1; {value} was given.")
+        if self.engine == "ray":
+            from ..batch.cluster import require_ray
+
+            require_ray()
+
+    @contextmanager
+    def loaded(self, stop: Stop, meter: Meter) -> Iterator[Engine]:
+        """The engine, with its model loaded.
+
+        Raises:
+            Flux2Error: as :meth:`flux2_local.Flux2.load`.
+        """
+        import torch
+
+        from ..batch.engines import Pool, ThisProcess, processes
+        from ..pipeline import Flux2
+
+        if self.engine == "ray":
+            from ..batch.cluster import cluster_workers
+
+            with Pool(cluster_workers(self.loading, self.workers, self.threads), stop, gradual=True) as pool:
+                say_pool(pool, meter, "workers of a Ray cluster")
+                yield pool
+        elif self.devices:
+            with Pool(processes(self.devices, self.loading, self.threads), stop) as pool:
+                say_pool(pool, meter, "processes, one per device")
+                yield pool
+        else:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            flux = Flux2.load(**self.loading)
+            say_model(flux, meter)
+            yield ThisProcess(flux, stop)
 
 
 def say_model(flux: Flux2, meter: Meter) -> None:
@@ -348,10 +414,10 @@ def say_model(flux: Flux2, meter: Meter) -> None:
             meter.say(f"note: {note}")
 
 
-def say_pool(pool: Pool, meter: Meter) -> None:
+def say_pool(pool: Pool, meter: Meter, what: str) -> None:
     if meter.show:
         fixed = pool.facts["fixed"]
-        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.processes)} processes, one per device")
+        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.workers)} {what}")
 
 
 def bad_lines(job: Job) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ Shapes: B pictures, N image tokens (reference tokens included), L text tokens, D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -226,7 +227,8 @@ class SingleBlock(nn.Module):
 
 
 class Shortcut(Protocol):
-    """What decides, once the first block is computed, whether the others are (:class:`flux2_local.cache.StepCache`)."""
+    """What decides for one picture, once the first block is computed, whether the others are
+    (:class:`flux2_local.cache.StepCache`)."""
 
     def rest(self, added: Tensor) -> Tensor | None:
         """What the other blocks would add to the tokens, given what the first added; None to compute them."""
@@ -316,7 +318,7 @@ class Flux2Transformer(nn.Module):
         mod: Modulation,
         rotary: Rotary,
         keep: int,
-        shortcut: Shortcut | None = None,
+        shortcuts: Sequence[Shortcut] | None = None,
     ) -> Tensor:
         """One evaluation of the velocity field.
 
@@ -326,7 +328,7 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation`.
             rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
             keep: how many leading image tokens the answer is wanted for.
-            shortcut: asked after the first block whether the others are to be computed.
+            shortcuts: one per picture, asked after the first block whether the others are to be computed.
 
         Returns:
             [B, keep, channels], the dtype of the weights.
@@ -335,16 +337,18 @@ class Flux2Transformer(nn.Module):
         embedded, c = self.x_embedder(latents), context
         first, *doubles = self.transformer_blocks
         x, c = first(embedded, c, mod, rotary, ops)
-        if shortcut is None:
+        if shortcuts is None:
             return self._output(self._rest(x, c, doubles, mod, rotary)[:, :keep], mod)
         entered = x[:, :keep]
-        added = shortcut.rest(entered - embedded[:, :keep])
-        if added is None:
-            x = self._rest(x, c, doubles, mod, rotary)[:, :keep]
-            shortcut.keep(x - entered)
-        else:
-            x = entered + added
-        return self._output(x, mod)
+        known = [s.rest(added) for s, added in zip(shortcuts, entered - embedded[:, :keep], strict=True)]
+        pictures = [a if added is None else a + added for a, added in zip(entered, known, strict=True)]
+        due = [i for i, added in enumerate(known) if added is None]
+        if due:
+            some = slice(None) if len(due) == len(known) else due
+            for i, picture in zip(due, self._rest(x[some], c[some], doubles, mod, rotary)[:, :keep], strict=True):
+                shortcuts[i].keep(picture - entered[i])
+                pictures[i] = picture
+        return self._output(torch.stack(pictures), mod)
 
     def _rest(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
         """Every block after the first; the image tokens of the result."""

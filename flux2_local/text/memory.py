@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ..load import Components
+    from .tokenizer import Tokens
 
 ROOM = 256 * 2**20
 """Bytes of host memory for embeddings: some sixteen prompts of FLUX.2 [dev]."""
@@ -27,26 +31,51 @@ class Memory:
     def __init__(self, components: Components, room: int = ROOM) -> None:
         self.plain, self.room, self.held, self.encoded = components, room, 0, 0
         self.known: OrderedDict[tuple[bytes, bytes], Tensor] = OrderedDict()
+        self.turn = threading.Lock()
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        key = ids.cpu().numpy().tobytes(), mask.cpu().numpy().tobytes()
-        if key in self.known:
+        key = key_of(ids, mask)
+        with self.turn:
+            if key not in self.known:
+                with self.plain.hold_text_encoder():
+                    self._learn(ids, mask)
             self.known.move_to_end(key)
             return self.known[key].to(ids.device)
-        with self.plain.hold_text_encoder():
-            embedded = self.plain.text_encoder(ids, mask)
+
+    @torch.inference_mode()
+    def read(self, prompts: Iterable[Tokens]) -> None:
+        """Encode what is not known yet, with the weights moved once for all of it."""
+        with self.turn:
+            new = {key_of(t.ids, t.mask): t for t in prompts if not self.knows([t])}
+            if not new:
+                return
+            with self.plain.hold_text_encoder():
+                for tokens in new.values():
+                    self._learn(tokens.ids.to(self.plain.device), tokens.mask.to(self.plain.device))
+
+    def knows(self, prompts: Iterable[Tokens]) -> bool:
+        """Whether none of them would have to be encoded."""
+        return all(key_of(t.ids, t.mask) in self.known for t in prompts)
+
+    def _learn(self, ids: Tensor, mask: Tensor) -> None:
+        """Encode a prompt and let the oldest ones go where there is no room."""
+        embedded = self.plain.text_encoder(ids, mask).cpu()
         self.encoded += 1
-        self.known[key] = embedded.cpu()
+        self.known[key_of(ids, mask)] = embedded
         self.held += embedded.nbytes
         while self.held > self.room and len(self.known) > 1:
             self.held -= self.known.popitem(last=False)[1].nbytes
-        return embedded
 
     def __enter__(self) -> None:
         """Take the place of ``hold_text_encoder``: weights are moved only when they have to work."""
 
     def __exit__(self, *error: object) -> None:
         pass
+
+
+def key_of(ids: Tensor, mask: Tensor) -> tuple[bytes, bytes]:
+    """The same for the same tokens, and for no others."""
+    return ids.cpu().numpy().tobytes(), mask.cpu().numpy().tobytes()
 
 
 def remembering(components: Components) -> Components:

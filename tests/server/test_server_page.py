@@ -2,29 +2,13 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from harness import EDIT, FLASH, TURBO
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 120_000
 FOLDER = Path(__file__).parents[2] / "flux2_local" / "server" / "playground"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install 'flux2-local[test]'"
-    )
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""Many pictures through one model: what is denoised together, and that it changes no picture."""
+
+from dataclasses import replace
+
+from flux2_local import Flux2, costs, load, many, sampler
+from flux2_local.costs import Work
+from flux2_local.explore import family_architecture
+from flux2_local.hardware import from_preset
+from flux2_local.plan import Need, make_plan
+from flux2_local.presets import devices, models, tiers
+from flux2_local.request import make_request
+
+SMALL = {"image_size": "square", "num_inference_steps": 8, "enable_safety_checker": False}
+SCENES = ["a red boat on the sea", "a fox", "a house at night", "a yellow sun over green hills"]
+
+
+def watch(monkeypatch, flux):
+    """How many pictures each evaluation of the transformer was given, and every step cache that was made."""
+    counts, caches = [], []
+
+    class Watched(sampler.StepCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(self)
+
+    monkeypatch.setattr(sampler, "StepCache", Watched)
+    net = flux._components.transformer
+    hooks: dict = {1: lambda _, inputs: counts.append(len(inputs[0]))}
+    monkeypatch.setattr(net, "_forward_pre_hooks", hooks)
+    return counts, caches
+
+
+def test_a_picture_is_the_same_whatever_is_denoised_with_it(tiny, monkeypatch):
+    flux = tiny
+    counts, caches = watch(monkeypatch, flux)
+    alone = [flux.generate(scene, seed=n, **SMALL).images[0].data for n, scene in enumerate(SCENES)]
+    skipped = [cache.skipped for cache in caches[::2]]
+    assert set(counts) == {1} and len({tuple(s) for s in skipped}) > 1, "pictures that skip different steps"
+    counts.clear()
+    caches.clear()
+    found = flux.generate_many({"prompt": scene, "seed": n, **SMALL} for n, scene in enumerate(SCENES))
+    assert [result.images[0].data for result in found] == alone
+    assert counts == [4] * 8
+    counts.clear()
+    several = flux.generate(SCENES[1], seed=1, num_images=2, **SMALL)
+    assert several.images[0].data == alone[1] and counts == [2] * 8
+
+
+def test_guided_by_the_empty_prompt_too(klein_base_folder, monkeypatch):
+    flux = Flux2.load(klein_base_folder)
+    few = {**SMALL, "num_inference_steps": 4}
+    alone = [flux.generate(scene, seed=n, **few).images[0].data for n, scene in enumerate(SCENES[:3])]
+    plan = flux._plan_for
+    monkeypatch.setattr(flux, "_plan_for", lambda request: replace(plan(request), batch=3))
+    counts, _ = watch(monkeypatch, flux)
+    found = flux.generate_many({"prompt": scene, "seed": n, **few} for n, scene in enumerate(SCENES[:3]))
+    assert [result.images[0].data for result in found] == alone
+    assert counts == [3] * 8, "two evaluations a step"
+
+
+def test_groups_are_of_one_kind_and_follow_from_the_order():
+    def request(**fields):
+        return make_request("standard", {"prompt": "a", **fields})
+
+    asked = [
+        *[request() for _ in range(5)],
+        request(guidance_scale=3),
+        request(guidance_scale=3, num_images=4),
+        request(guidance_scale=3),
+        request(image_size="square"),
+        request(image_size="square", images=["x.png"]),
+        request(image_size="square", images=["x.png"]),
+        request(image_size="square", seed=3),
+    ]
+    groups = many.grouped(enumerate(asked), lambda item: item[1], lambda _: 2)
+    places = [[place for place, _ in group] for group in groups]
+    assert places == [[0, 1], [2, 3], [4], [5], [6], [7], [8], [9], [10], [11]]
+
+
+def test_nothing_is_read_further_ahead_than_needed():
+    taken = []
+    asked = (taken.append(n) or make_request("standard", {"prompt": "a"}) for n in range(9))
+    groups = many.with_following(many.grouped(asked, lambda one: one, lambda _: 2), 1)
+    group, following = next(groups)
+    assert (len(group), [len(part) for part in following], taken) == (2, [2], [0, 1, 2, 3])
+
+
+def plan_on(device, model, width, height, tier="regular"):
+    arch = family_architecture(models()[model])
+    steps = models()[model].recipe("standard").steps
+    return make_plan(Need(model, "standard", tiers()[tier], arch, Work(width, height, steps)), from_preset(device))
+
+
+def test_no_card_gains_from_batches_of_the_smallest_flux_picture():
+    """By the cost model: 1536 tokens are beyond every ridge, so weights are not what a step waits for."""
+    for name, row in devices().items():
+        if row.kind != "cpu":
+            hardware = from_preset(name)
+            assert costs.full_tokens(hardware, "bfloat16") < 512 + 32 * 32
+    plan = plan_on("h200", "klein-4b", 512, 512)
+    assert plan.batch == 1 and "1536 tokens of one picture fill the device" in str(plan)
+
+
+def test_the_plan_says_how_many_and_what_they_need(tiny):
+    flux = tiny
+
+    def plan(size, **fields):
+        return flux._plan_for(make_request("standard", {"prompt": "a", "image_size": size, **fields}))
+
+    assert [plan(s).batch for s in ("square", "landscape_4_3", "square_hd")] == [4, 2, 1]
+    assert plan("square", acceleration="none").batch == 1
+    assert "one picture has 336 tokens and the device takes 1024" in str(plan("square"))
+    arch, one = load.architecture(flux.checkpoint), Work(512, 512)
+    step = costs.step_activations(arch, one, "float32")
+    hardware = replace(flux.hardware, free=10**12)
+    need = Need("tiny", "standard", tiers()["regular"], arch, one)
+    plenty = make_plan(need, hardware, dtype="float32")
+    held = sum(costs.weight_bytes(arch, "float32").values())
+    assert plenty.peak_bytes == held + max(4 * step, costs.decode_activations(arch, one, "float32"))
+
+
+def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):
+    from flux2_local.text.memory import Memory
+
+    events = []
+    read, forward = Memory.read, type(tiny._components.transformer).forward
+    monkeypatch.setattr(Memory, "read", lambda self, new: (events.append("read"), read(self, new))[1])
+    monkeypatch.setattr(
+        type(tiny._components.transformer),
+        "forward",
+        lambda self, *a: (events.append("step"), forward(self, *a))[1],
+    )
+    fields = {**SMALL, "num_inference_steps": 4, "guidance_scale": 2}
+    results = tiny.generate_many([{"prompt": "a", **fields}, {"prompt": "b", **fields, "guidance_scale": 3}])
+    next(results)
+    assert events.index("read") < len(events) - 1 and tiny._components.text_encoder.encoded == 2
+    list(results)
