@@ -1,13 +1,15 @@
-"""Step caching: a step that changes little takes what most blocks would add from the steps before it.
+"""Step caching: a step that changes little takes what the blocks would add from the steps before it.
 
-The first block is computed in every step. What it adds to the picture's tokens tells how far the step is from the last one
-that was computed whole (the criterion of first-block caching, as in ParaAttention and cache-dit); below a threshold, the sum
-that the other blocks would add is extrapolated along the noise level from the last two whole steps (a Taylor expansion of
-first order, as in TaylorSeer, arXiv:2503.06923).
+What the blocks add to the picture's tokens is extrapolated along the noise level from the last two steps that were computed
+whole (a Taylor expansion of first order, as in TaylorSeer, arXiv:2503.06923). Which steps are skipped is decided either by
+the first block, which is then computed in every step: what it adds tells how far the step is from the last whole one (the
+criterion of first-block caching, as in ParaAttention and cache-dit). Or, with a threshold of infinity, by their numbers
+alone, and no block is computed in a skipped step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,8 +35,13 @@ class StepCache:
     _first: Tensor | None = None
     _whole: list[tuple[float, Tensor]] = field(default_factory=list)
 
+    @property
+    def probes(self) -> bool:
+        """Whether the first block decides, and is computed in every step."""
+        return self.policy.threshold < math.inf
+
     def rest(self, added: Tensor) -> Tensor | None:
-        """A new step: what the blocks after the first would add, or None where they are to be computed.
+        """A new step: what the blocks (after the first, where that decides) would add, or None where they are to be computed.
 
         Args:
             added: what the first block added to the picture's tokens, [N, D].
@@ -52,7 +59,7 @@ class StepCache:
         return last + share * (last - first)
 
     def keep(self, added: Tensor) -> None:
-        """Remember what the blocks after the first added in this step."""
+        """Remember what the same blocks added in this step."""
         self._whole = [*self._whole[-1:], (self.sigmas[self.step], added)]
 
     def _may_skip(self, added: Tensor) -> bool:
@@ -61,5 +68,7 @@ class StepCache:
             return False
         if self.skipped[-policy.limit :] == list(range(self.step - policy.limit, self.step)):
             return False
+        if not self.probes:
+            return True
         change = (added - self._first).abs().mean() / self._first.abs().mean()
         return bool(change < policy.threshold)

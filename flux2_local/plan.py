@@ -5,6 +5,7 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -286,10 +287,10 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
         return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
     if policy is None:
         return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
-    reason = (
-        f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, "
-        f"not in the first {policy.warmup} or the last {policy.tail}"
-    )
+    spared = f"not in the first {policy.warmup} or the last {policy.tail}"
+    if policy.threshold == math.inf:
+        return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy
+    reason = f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, {spared}"
     return Choice("step cache", "first block", reason), policy
 
 

@@ -89,7 +89,8 @@ class CachePolicy:
     """When a denoising step may be skipped (:mod:`flux2_local.cache`).
 
     Attributes:
-        threshold: largest relative change of what the first block adds, mean |difference| over mean |value|.
+        threshold: largest relative change of what the first block adds, mean |difference| over mean |value|; infinity skips
+            whatever the other three permit, the first block included.
         warmup: steps at the beginning that are always computed.
         tail: steps at the end that are always computed.
         limit: most steps skipped in a row.

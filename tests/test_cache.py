@@ -13,7 +13,8 @@ from flux2_local.explore import family_architecture
 from flux2_local.plan import Need, choose_cache
 from flux2_local.presets import CachePolicy, models, tiers
 
-EVERY = CachePolicy(threshold=float("inf"), warmup=2, tail=1, limit=2)
+EVERY = CachePolicy(threshold=1e9, warmup=2, tail=1, limit=2)
+MASK = replace(EVERY, threshold=float("inf"))
 NEVER = CachePolicy(threshold=0.0, warmup=2, tail=1, limit=2)
 SIX = {"image_size": "square", "num_inference_steps": 9, "enable_safety_checker": False, "seed": 3}
 
@@ -52,17 +53,20 @@ def test_a_step_that_changes_much_is_computed():
     assert answers == [False, False, True, False, True, True, False]
 
 
-def test_steps_that_may_be_skipped_are(dev_folder, monkeypatch):
+@pytest.mark.parametrize(("policy", "first"), [(EVERY, 9), (MASK, 5)])
+def test_steps_that_may_be_skipped_are(dev_folder, monkeypatch, policy, first):
+    """Steps 0 and 1 are computed, 4 and 7 after two skipped ones each, and the last; the first block in every one or in those."""
     flux = Flux2.load(dev_folder)
     calls = []
-    block = flux._components.transformer.single_transformer_blocks[0]
-    block.register_forward_hook(lambda *_: calls.append(1))
+    network = flux._components.transformer
+    for name, blocks in (("first", network.transformer_blocks), ("single", network.single_transformer_blocks)):
+        blocks[0].register_forward_hook(lambda *_, name=name: calls.append(name))
     whole = picture(flux)
-    assert len(calls) == 9
-    with_policy(monkeypatch, EVERY)
+    assert calls.count("first") == calls.count("single") == 9
+    with_policy(monkeypatch, policy)
     calls.clear()
     quick = picture(flux)
-    assert len(calls) == 2 + 2 + 1  # 0 and 1, 4 and 7 after two skipped steps each, and the last
+    assert (calls.count("first"), calls.count("single")) == (first, 5)
     assert quick.shape == whole.shape and not np.array_equal(quick, whole)
 
 
@@ -81,7 +85,10 @@ def test_only_calibrated_models_and_many_steps_are_cached():
     def chosen(name, variant, tier):
         return choose_cache(Need(name, variant, tier, arch, Work()))
 
-    assert chosen("dev", "standard", high)[1] is EVERY
+    choice, policy = chosen("dev", "standard", high)
+    assert policy is EVERY and choice.value == "first block"
+    choice, policy = chosen("dev", "standard", replace(high, cache={"dev": MASK}))
+    assert policy is MASK and choice.value == "mask" and "2 steps in a row" in choice.reason
     for name, variant, tier in (
         ("klein-4b", "standard", high),
         ("dev", "turbo", high),

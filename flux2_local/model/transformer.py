@@ -227,14 +227,17 @@ class SingleBlock(nn.Module):
 
 
 class Shortcut(Protocol):
-    """What decides for one picture, once the first block is computed, whether the others are
-    (:class:`flux2_local.cache.StepCache`)."""
+    """What decides for one picture whether a step's blocks are computed (:class:`flux2_local.cache.StepCache`)."""
+
+    @property
+    def probes(self) -> bool:
+        """Whether the first block is computed before it decides; then "the blocks" below are the others."""
 
     def rest(self, added: Tensor) -> Tensor | None:
-        """What the other blocks would add to the tokens, given what the first added; None to compute them."""
+        """What the blocks would add to the tokens, given what the first added (zeros without it); None to compute them."""
 
     def keep(self, added: Tensor) -> None:
-        """What the other blocks did add."""
+        """What the blocks did add."""
 
 
 class OutputNorm(nn.Module):
@@ -328,30 +331,30 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation`.
             rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
             keep: how many leading image tokens the answer is wanted for.
-            shortcuts: one per picture, asked after the first block whether the others are to be computed.
+            shortcuts: one per picture, asked whether the blocks are to be computed.
 
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
-        ops = self.ops
-        embedded, c = self.x_embedder(latents), context
-        first, *doubles = self.transformer_blocks
-        x, c = first(embedded, c, mod, rotary, ops)
+        x, c, doubles = self.x_embedder(latents), context, list(self.transformer_blocks)
         if shortcuts is None:
-            return self._output(self._rest(x, c, doubles, mod, rotary)[:, :keep], mod)
+            return self._output(self._blocks(x, c, doubles, mod, rotary)[:, :keep], mod)
+        embedded = x[:, :keep]
+        if shortcuts[0].probes:
+            x, c = doubles.pop(0)(x, c, mod, rotary, self.ops)
         entered = x[:, :keep]
-        known = [s.rest(added) for s, added in zip(shortcuts, entered - embedded[:, :keep], strict=True)]
+        known = [s.rest(added) for s, added in zip(shortcuts, entered - embedded, strict=True)]
         pictures = [a if added is None else a + added for a, added in zip(entered, known, strict=True)]
         due = [i for i, added in enumerate(known) if added is None]
         if due:
             some = slice(None) if len(due) == len(known) else due
-            for i, picture in zip(due, self._rest(x[some], c[some], doubles, mod, rotary)[:, :keep], strict=True):
+            for i, picture in zip(due, self._blocks(x[some], c[some], doubles, mod, rotary)[:, :keep], strict=True):
                 shortcuts[i].keep(picture - entered[i])
                 pictures[i] = picture
         return self._output(torch.stack(pictures), mod)
 
-    def _rest(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
-        """Every block after the first; the image tokens of the result."""
+    def _blocks(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
+        """These double blocks and every single one; the image tokens of the result."""
         for block in doubles:
             x, c = block(x, c, mod, rotary, self.ops)
         both = torch.cat([c, x], 1)
