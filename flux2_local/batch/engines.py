@@ -270,6 +270,8 @@ class Pool:
         self.threads.shutdown(cancel_futures=True)
 
     def batch(self, request: Request) -> int:
+        if request.images:
+            return 1  # it is alone in its group
         key = many.kind(request)
         if key not in self.batches:
             self.batches[key] = self.wait(self.threads.submit(self.ask, lambda worker: worker.batch(request)))
