@@ -22,17 +22,21 @@ from .settings import Settings, is_loopback
 
 PROXY_PATH = "/api/fal/proxy"
 PROXY_HEADER = "x-fal-target-url"
-PROXY_HOSTS = {"fal.run": "", "queue.fal.run": "/queue"}
+PROXY_HOSTS = {"fal.run": "", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": ""}
 """Where the JavaScript client believes it calls -> prefix of the path here."""
 
 MAX_BODY = 64 * 2**20
-OPEN_PATHS = ("/health", "/ready", "/files/", "/playground/")
-"""Served without a key: what monitoring asks, the page itself, and pictures, whose names nobody can guess."""
+OPEN = (
+    ("GET", "/health"), ("GET", "/ready"), ("GET", "/playground/"), ("GET", "/files/"), ("PUT", "/storage/upload/"),
+    ("GET", "/.well-known/"),
+)  # fmt: skip
+"""Served without a key: what monitoring asks, the page itself, pictures and announced uploads, whose addresses nobody can
+guess, and the key that webhooks are signed with."""
 
 ALLOWED_HEADERS = (
     "authorization", "content-type", "accept", "x-fal-target-url", "x-fal-request-timeout", "x-fal-runner-hint",
     "x-fal-queue-priority", "x-fal-object-lifecycle-preference", "x-fal-object-lifecycle", "x-fal-store-io",
-    "x-fal-no-retry", "x-app-fal-disable-fallback", "x-fal-client",
+    "x-fal-no-retry", "x-app-fal-disable-fallback", "x-fal-client", "x-fal-file-name",
 )  # fmt: skip
 SECURITY = (
     (b"x-content-type-options", b"nosniff"),
@@ -99,8 +103,9 @@ class Gate:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > MAX_BODY:
             return answers.problem(413, "too_large", TooLarge().detail)
-        path = scope["path"]
-        if scope["method"] == "OPTIONS" or path == "/" or path.startswith(OPEN_PATHS) or self._knows_key(headers):
+        method, path = ("GET" if scope["method"] == "HEAD" else scope["method"]), scope["path"]
+        is_open = path == "/" or any(method == verb and path.startswith(start) for verb, start in OPEN)
+        if method == "OPTIONS" or is_open or self._knows_key(headers):
             return None
         return answers.problem(
             401, "unauthorized", "A key is needed: Authorization: Key …", {"www-authenticate": "Key"}

@@ -66,6 +66,12 @@ async def file(request: Request, name: str) -> Response:
     return FileResponse(path, media_type=pictures.kind(name), headers=headers)
 
 
+@router.get("/.well-known/jwks.json", operation_id="webhookKeys")
+async def keys(request: Request) -> Response:
+    """The key that webhooks are signed with."""
+    return Answer(request.app.state.signer.jwks())
+
+
 @router.get("/api/info", operation_id="info")
 async def info(request: Request) -> Response:
     """What is served: endpoints with the schema of their bodies, and what runs behind each variant."""
