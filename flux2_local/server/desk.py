@@ -86,6 +86,7 @@ class Desk:
         if self.current is not None and not self.current.done:
             self.current.attempts -= 1  # it was not its fault
             await self.keep(self.current)
+            print(f"Stopped. Request {self.current.id} is done when it starts again.", flush=True)
         await self.store.close()
 
     # ---- callers ----

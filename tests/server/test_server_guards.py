@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ import time
 import httpx
 import pytest
 from harness import COMMAND, FLASH, SMALL, STANDARD
+from PIL import Image
 
 from flux2_local.errors import Flux2Error, RequestError
 from flux2_local.server import outgoing
@@ -94,6 +96,30 @@ def test_bodies_are_bounded(server):
     assert server.client.get("/health").status_code == 200
 
 
+def test_an_upload_goes_where_it_was_announced_once_and_must_be_a_picture(server):
+    out = io.BytesIO()
+    Image.effect_noise((96, 80), 80).save(out, "PNG")
+    announce = {"content_type": "image/png", "file_name": "photo.png"}
+    before = len(list((server.folder / "files").iterdir()))
+    places = server.client.post("/storage/upload/initiate", json=announce).json()
+    assert httpx.get(places["file_url"]).status_code == 404
+    assert httpx.put(places["upload_url"], content=out.getvalue()).status_code == 200
+    assert httpx.get(places["file_url"]).content == out.getvalue()
+    assert httpx.put(places["upload_url"], content=out.getvalue()).status_code == 400, "once"
+    tall = io.BytesIO()
+    Image.new("L", (64, 1000)).save(tall, "PNG")
+    for data, status in ((b"MZ\x90", 422), (b"", 422), (tall.getvalue(), 422), (b"x" * (33 * 2**20), 413)):
+        places = server.client.post("/storage/upload/initiate", json=announce).json()
+        assert httpx.put(places["upload_url"], content=data).status_code == status
+        assert httpx.get(places["file_url"]).status_code == 404
+    assert len(list((server.folder / "files").iterdir())) == before + 1
+    assert server.client.post("/storage/upload/initiate", json={"content_type": "video/mp4"}).status_code == 422
+    assert server.client.post("/storage/upload/initiate-multipart", json=announce).status_code == 413
+    wrong = {"Content-Type": "image/png", "X-Fal-Object-Lifecycle": "[]"}
+    assert server.client.post("/files/upload", content=out.getvalue(), headers=wrong).status_code == 400
+    assert (server.folder / "webhooks.key").stat().st_mode & 0o077 == 0 or sys.platform == "win32"
+
+
 def test_a_key_is_asked_for_where_one_is_set(start):
     server = start("--api-key", "a-long-enough-key", "--allow-origin", "https://app.example.com", "--max-queue", "1")
     assert server.client.get("/health").status_code == 200 and server.client.get("/").status_code == 200
@@ -105,6 +131,8 @@ def test_a_key_is_asked_for_where_one_is_set(start):
             server.client.post(PROXY, headers={**header, "x-fal-target-url": f"https://fal.run/{STANDARD}"}).status_code
             == 401
         )
+    assert server.client.post("/files/upload", content=b"x", headers={"Content-Type": "image/png"}).status_code == 401
+    assert server.client.get("/.well-known/jwks.json").status_code == 200
     good = {"Authorization": "Key a-long-enough-key", "Origin": "https://app.example.com"}
     assert server.client.get("/api/history", headers=good).status_code == 200
     assert "YOUR_KEY" in server.text and "a-long-enough-key" not in server.text
@@ -133,7 +161,7 @@ def test_a_model_that_is_not_there_ends_the_server_with_its_code(tmp_path):
     assert done.returncode == 3 and "no model 'nope'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_second_server_on_the_same_folder_or_port_says_so(server, klein_folder, tmp_path):
+def test_a_second_server_on_the_same_folder_or_port_says_so(server, tmp_path):
     for options in (
         ["--port", "0", "--folder", str(server.folder)],
         ["--port", server.url.rpartition(":")[2], "--folder", str(tmp_path)],

@@ -113,8 +113,9 @@ def test_a_thousand_bad_requests_break_nothing(server):
         return statuses
 
     send(len(CALLS))
-    before = process.memory_info().rss
+    before, start = process.memory_info().rss, time.monotonic()
     assert send(1000) >= {400, 404, 405, 422}
+    assert time.monotonic() - start < 20, "40 ms each is an answer whose body waits for its head's acknowledgement"
     assert process.memory_info().rss - before < 8 * 2**20
     assert server.run(FLASH).status_code == 200
 
@@ -192,4 +193,4 @@ def test_every_call_keeps_to_the_schema(frozen_schema):
 
         check()
         calls += 1
-    assert calls == 36
+    assert calls == sum(len(operations) for operations in frozen_schema.raw_schema["paths"].values())
