@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import Cancelled, OutputError
+from ..files import check_room
 from .failures import make_failure, told
 from .jobs import Job
 from .metrics import Metrics
@@ -30,6 +31,9 @@ GRACE_SECONDS = 60.0
 
 UNFETCHED_SECONDS = 3600.0
 """How long it is held when nobody fetches it."""
+
+ROOM = 64 * 2**20
+"""Bytes that must be free on the disk for a request to be taken: nothing is generated that could not be written."""
 
 EXPIRY_SECONDS = 600.0
 RESTART_SECONDS = 2.0
@@ -96,8 +100,10 @@ class Desk:
 
         Raises:
             QueueFull: as many wait as may.
-            OutputError: it cannot be written down.
+            OutputError: it cannot be written down, or its pictures could not be.
         """
+        if not job.sync:
+            check_room(self.settings.folder, ROOM, "--folder")
         if len(self.waiting) >= self.settings.queue_limit:
             raise QueueFull(f"{len(self.waiting)} requests wait already; try again when some are done.")
         await self.store.save(job)

@@ -15,6 +15,7 @@ import uvicorn
 from ..errors import Flux2Error
 from ..files import check_folder, reason
 from .app import make_app
+from .desk import ROOM
 from .gate import Gate
 from .lines import greeting
 from .settings import Settings
@@ -39,7 +40,7 @@ def serve(settings: Settings) -> None:
     Raises:
         Flux2Error: the address is taken, the folder cannot be used, or no model can be loaded.
     """
-    check_folder(settings.folder, 2**20)
+    check_folder(settings.folder, ROOM, "--folder")
     plain = bind(settings.host, settings.port)
     settings = replace(settings, port=plain.getsockname()[1])
     secure, certificates = None, None

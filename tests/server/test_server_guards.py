@@ -1,6 +1,6 @@
 """What keeps the server and its machine safe: keys, origins, hosts, files, addresses, sizes."""
 
-import contextlib
+import asyncio
 import http.server
 import io
 import socket
@@ -12,13 +12,15 @@ import time
 
 import httpx
 import pytest
-from harness import COMMAND, FLASH, SMALL, STANDARD
+from harness import COMMAND, EDIT, FLASH, SMALL, STANDARD
 from PIL import Image
 
-from flux2_local.errors import Flux2Error, RequestError
-from flux2_local.server import outgoing
+from flux2_local.errors import Flux2Error, OutputError, RequestError
+from flux2_local.server import desk, outgoing
 from flux2_local.server.failures import STATUS, make_failure
+from flux2_local.server.jobs import Job
 from flux2_local.server.settings import Settings, parse_duration, parse_models
+from flux2_local.server.store import Store
 from flux2_local.server.tls import make_certificates
 
 PROXY = "/api/fal/proxy"
@@ -82,18 +84,38 @@ def test_pages_of_this_machine_may_call_and_others_may_not(server):
     assert server.client.get("/health", headers={"Host": "rebound.example.com"}).status_code == 403
 
 
-def test_bodies_are_bounded(server):
+@pytest.mark.parametrize(
+    ("path", "limit"), [(f"/{STANDARD}", 2), (f"/queue/{FLASH}", 2), (f"/{EDIT}", 64), (PROXY, 64)]
+)
+def test_bodies_are_bounded(server, path, limit):
     host = server.url.removeprefix("http://")
-    start = f"POST /{STANDARD} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    start = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    start += f"X-Fal-Target-Url: https://fal.run/{EDIT}\r\n"
     with socket.create_connection(host.split(":"), timeout=60) as line:
-        line.sendall(f"{start}Content-Length: {65 * 2**20}\r\n\r\n".encode())
+        line.sendall(f"{start}Content-Length: {limit * 2**20 + 1}\r\n\r\n".encode())
         assert line.recv(65536).split()[1] == b"413", "announced"
-    with socket.create_connection(host.split(":"), timeout=60) as line, contextlib.suppress(ConnectionError):
+    with socket.create_connection(host.split(":"), timeout=60) as line:
         line.sendall(f"{start}Transfer-Encoding: chunked\r\n\r\n".encode())
-        for _ in range(66):
+        for _ in range(limit):
             line.sendall(b"100000\r\n" + b"x" * 2**20 + b"\r\n")
+        line.sendall(b"1\r\nx\r\n")
         assert line.recv(65536).split()[1] == b"413", "unannounced"
     assert server.client.get("/health").status_code == 200
+
+
+def test_nothing_is_taken_that_could_not_be_written(tmp_path, monkeypatch):
+    async def main():
+        taken = desk.Desk(Settings(tmp_path), Store(tmp_path / "queue.sqlite"), lambda job: None)
+        try:
+            await taken.submit(Job(FLASH, "flash", SMALL, {"sync_mode": True}))
+            with pytest.raises(OutputError, match="--folder"):
+                await taken.submit(Job(FLASH, "flash", SMALL, {}))
+            return len(taken.waiting)
+        finally:
+            await taken.store.close()
+
+    monkeypatch.setattr(desk, "ROOM", 2**60)
+    assert asyncio.run(main()) == 1
 
 
 def test_an_upload_goes_where_it_was_announced_once_and_must_be_a_picture(server):

@@ -30,6 +30,7 @@ def pictures(server):
 
 def test_killed_in_mid_job_with_twenty_queued_every_one_ends_exactly_once(start):
     server = start()
+    assert (server.client.get("/ready").status_code, server.client.get("/health").status_code) == (503, 200)
     server.wait_ready()
     jobs = [server.submit(FLASH, seed=i) for i in range(JOBS)]
     server.running(jobs[2])
