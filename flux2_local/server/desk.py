@@ -150,12 +150,13 @@ class Desk:
         self._renumber()
         self.arrived.set()
         if job.start_by is not None:
-            task = asyncio.get_running_loop().create_task
-            asyncio.get_running_loop().call_later(job.start_by - time.time(), lambda: task(self._end_late(job)))
+            task, name = asyncio.get_running_loop().create_task, job.id  # not the job: it may be long gone by then
+            asyncio.get_running_loop().call_later(job.start_by - time.time(), lambda: task(self._end_late(name)))
 
-    async def _end_late(self, job: Job) -> None:
+    async def _end_late(self, request_id: str) -> None:
         """End a job whose time to begin is over, if it has not begun."""
-        if job in self.waiting and job.attempts == 0:
+        job = next((job for job in self.waiting if job.id == request_id), None)
+        if job is not None and job.attempts == 0:
             await self._withdraw(
                 job, told(504, "request_timeout", "The request was not begun within the time it gave.")
             )

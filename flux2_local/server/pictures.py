@@ -33,7 +33,12 @@ class Pictures:
         return self.folder / name
 
     def kind(self, name: str) -> str:
-        """Content type of a picture, by its beginning: an uploaded one may be other than its sender called it."""
+        """Content type of a picture, by its beginning: an uploaded one may be other than its sender called it.
+
+        Raises:
+            KeyError: the name is not one of ours.
+            OSError: there is no such file.
+        """
         with self.path(name).open("rb") as file:
             head = file.read(2)
         return images.CONTENT_TYPES[BEGINNINGS[head]]

@@ -13,7 +13,7 @@ from harness import EDIT, FLASH, LONG, STANDARD, TURBO
 
 POLLERS = 200
 POLL_SECONDS = 0.5  # fal's JavaScript client
-MEASURE_SECONDS = 8
+MEASURE_SECONDS = 6
 WORST = 0.100
 
 
@@ -62,7 +62,7 @@ def test_two_hundred_pollers_are_answered_at_once_while_it_generates(server):
           f"the machine alone is {p99(late) * 1e3:.1f} ms late")  # fmt: skip
     if p99(late) > WORST / 5:
         pytest.skip(f"the machine is too busy to measure: it is itself {p99(late) * 1e3:.0f} ms late")
-    assert len(times) >= POLLERS * 10 and p99(times) < WORST
+    assert len(times) >= POLLERS * 8 and p99(times) < WORST
 
 
 BODIES = [
@@ -84,6 +84,8 @@ PLACES = [
     f"/queue/{STANDARD}",
     f"/queue/{EDIT}",
     f"/{FLASH}/stream",
+    "/storage/upload/initiate",
+    "/files/upload",
 ]
 TAILS = ("", "/status", "/status/stream")
 CALLS = [
@@ -93,6 +95,7 @@ CALLS = [
     *(("GET", f"/files/{name}", b"") for name in ("x", "%2e%2e%2fqueue.sqlite", "%00", "a" * 5000)),
     *((method, path, b"x") for method, path in itertools.product(("PUT", "PATCH", "DELETE", "TRACE"), ("/", *PLACES))),
     ("GET", "/api/history?limit=0", b""), ("GET", "/api/history?before=nan", b""), ("GET", "/api/history?before=-inf", b""),
+    ("PUT", "/storage/upload/x", b"x"), ("POST", "/storage/upload/initiate-multipart", b"{}"),
     ("POST", "/api/fal/proxy", b"x"), ("DELETE", "/api/history/x", b""), ("GET", "/api/openapi/queue/openapi.json", b""),
 ]  # fmt: skip
 
