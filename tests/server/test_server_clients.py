@@ -202,7 +202,7 @@ def test_the_python_clients_uploads(plain, tmp_path):
 def test_priorities_and_start_timeouts(plain, server):
     running = plain.submit(STANDARD, LONG)
     low, normal = plain.submit(FLASH, SMALL, priority="low"), plain.submit(FLASH, SMALL)
-    late = plain.submit(FLASH, SMALL, start_timeout=1.2, priority="low")
+    late = plain.submit(FLASH, SMALL, start_timeout=2, priority="low")
     assert (normal.status().position, low.status().position, late.status().position) == (0, 1, 2)
     with pytest.raises(plain.FalClientHTTPError) as caught:
         late.get()
