@@ -174,7 +174,7 @@ def test_it_fits_a_phone_and_can_be_walked_by_keyboard(browser, server):
     page.fill("#num_inference_steps", "50")
     page.click("#generate")
     page.wait_for_selector("#preview")
-    page.wait_for_function("document.getElementById('preview').getBoundingClientRect().top < innerHeight")
+    page.wait_for_function("document.getElementById('preview').getBoundingClientRect().top < 300")
     top, bottom = page.evaluate(
         "(({top, bottom}) => [top, bottom])(document.getElementById('cancel').getBoundingClientRect())"
     )

@@ -82,7 +82,7 @@ async function run() {
   const started = performance.now();
   state.running = { abort: new AbortController(), request: null, first: null, left: "" };
   busy(true);
-  if (NARROW.matches) byId("answer").scrollIntoView({ behavior: "smooth" });
+  reveal();
   complain({});
   byId("error").hidden = byId("facts").hidden = true;
   const clock = setInterval(() => tick(started), 100);
@@ -102,6 +102,11 @@ async function run() {
     state.running = null;
     busy(false);
   }
+}
+
+/** Where the result stands below the form, bring it into sight. */
+function reveal() {
+  if (NARROW.matches) byId("answer").scrollIntoView({ behavior: "smooth" });
 }
 
 function busy(yes) {
@@ -145,7 +150,8 @@ function drawStep(event) {
     state.words = event.stage ?? event.logs.at(-1)?.message ?? "starting";
   }
   if (event.images) {
-    byId("pictures").replaceChildren(make("figure", {}, make("img", { src: event.images[0].url, alt: "preview", id: "preview" })));
+    const onload = byId("preview") ? null : reveal;
+    byId("pictures").replaceChildren(make("figure", {}, make("img", { src: event.images[0].url, alt: "preview", id: "preview", onload })));
   }
 }
 
