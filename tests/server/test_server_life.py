@@ -93,7 +93,7 @@ def some_png():
 def test_ctrl_c_stops_at_once_and_loses_nothing(start):
     server = start()
     server.wait_ready()
-    running, waiting = server.submit(STANDARD, image_size="square_hd", num_inference_steps=40), server.submit(FLASH)
+    running, waiting = server.submit(STANDARD, image_size="square_hd", num_inference_steps=20), server.submit(FLASH)
     server.running(running)
     with server.client.stream("GET", running["status_url"] + "/stream") as watching:
         next(watching.iter_lines())
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_at_once_and_loses_nothing(start):
     assert "Traceback" not in "".join(server.complained) and "done when it starts again" in server.text
     server.start()
     assert server.result(running).status_code == 200 and server.result(waiting).status_code == 200
-    begun = [log["message"] for log in server.status(running)["logs"]].count("step 1/40")
+    begun = [log["message"] for log in server.status(running)["logs"]].count("step 1/20")
     assert begun == 2 and len(server.client.get("/api/history").json()["requests"]) == 2
 
 
