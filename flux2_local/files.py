@@ -13,8 +13,8 @@ from .errors import OutputError
 from .presets import show_bytes
 
 
-def check_folder(folder: Path, need: int) -> None:
-    """Make ``folder`` and make sure that ``need`` bytes can be written there.
+def check_folder(folder: Path, need: int, option: str = "-o") -> None:
+    """Make ``folder`` and make sure that ``need`` bytes can be written there; ``option`` names another one.
 
     Raises:
         OutputError: it cannot be made or written, or the disk is too full.
@@ -25,13 +25,22 @@ def check_folder(folder: Path, need: int) -> None:
             pass
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"Pictures cannot be written to {folder}: {reason(error)}. Name another folder or file with -o."
+            f"Pictures cannot be written to {folder}: {reason(error)}. Name another one with {option}."
         ) from error
+    check_room(folder, need, option)
+
+
+def check_room(folder: Path, need: int, option: str) -> None:
+    """Make sure that the disk of ``folder`` has room for ``need`` bytes.
+
+    Raises:
+        OutputError: it has not.
+    """
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
             f"The disk of {folder} has {show_bytes(free)} left and about {show_bytes(need)} are needed. Free some room, or "
-            f"name another folder with -o."
+            f"name another folder with {option}."
         )
 
 

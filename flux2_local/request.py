@@ -61,11 +61,11 @@ class Request(BaseModel):
     Attributes:
         prompt: what to draw; not empty.
         guidance_scale: how closely to follow the prompt, 0 to 20. Ignored by step-distilled klein models.
-        seed: of the first image; image i is what seed + i gives alone. Random below 2^53 when None.
-        num_inference_steps: 4 to 50, standard only. None means the variant's own number (28 for standard).
+        seed: of the first image; image i is what seed + i gives alone. Random below 2^53 when left out.
+        num_inference_steps: 4 to 50, standard only. Left out, the variant's own number (28 for standard).
         image_size: a preset's name, or width and height, each 512 to 2048 pixels.
-        num_images: 1 to 4.
-        acceleration: "none", "regular" or "high", standard only. None means the one that the pipeline was loaded with.
+        num_images: how many to make, 1 to 4.
+        acceleration: "none", "regular" or "high", standard only. Left out, the one that the pipeline was loaded with.
         enable_prompt_expansion: let the pipeline's language model rewrite the prompt first.
         sync_mode: give pictures as data URIs and keep nothing.
         enable_safety_checker: check pictures; a flagged one comes back black.

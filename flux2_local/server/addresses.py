@@ -19,6 +19,13 @@ def file_base(request: Request) -> str:
     return str(url).rstrip("/")
 
 
+def own_bases(request: Request) -> tuple[str, ...]:
+    """Every address that this caller may know our pictures by: the one it calls, and this machine's names."""
+    port = urlsplit(file_base(request)).port
+    names = (f"http://{host}:{port}" for host in ("127.0.0.1", "localhost", "[::1]"))
+    return file_base(request), str(request.base_url).rstrip("/"), *names
+
+
 def queue_urls(request: Request, job: Job) -> dict[str, str]:
     """The three addresses that belong to a queued request."""
     root = f"{str(request.base_url).rstrip('/')}/queue/{job.endpoint}/requests/{job.id}"

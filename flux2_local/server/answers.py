@@ -12,6 +12,8 @@ from .failures import make_detail
 from .jobs import Job
 
 NOT_BILLED = {"x-fal-billable-units": "0", "X-Fal-Retryable": "false"}
+CALLERS_OWN = {"X-Fal-Request-Timeout-Type": "user"}
+"""Tells fal's clients that a 504 is the limit they set themselves, and not to be tried again."""
 
 
 class Answer(Response):
@@ -61,7 +63,8 @@ def failure(facts: dict[str, Any], headers: dict[str, str] | None = None) -> Ans
     if facts["status"] == 422:
         return Answer(body, 422, {**NOT_BILLED, **(headers or {})})
     kind = facts["error_type"]
-    return Answer({**body, "error_type": kind}, facts["status"], {"x-fal-error-type": kind, **(headers or {})})
+    own = CALLERS_OWN if facts["status"] == 504 else {}
+    return Answer({**body, "error_type": kind}, facts["status"], {"x-fal-error-type": kind, **own, **(headers or {})})
 
 
 def invalid(errors: list[Any]) -> Answer:

@@ -14,13 +14,14 @@ from starlette.responses import Response
 
 from ..endpoints import endpoints
 from ..version import __version__
-from . import answers, pages, schema
+from . import answers, pages, schema, uploads
 from .calls import add_calls
 from .desk import Desk, QueueFull
 from .failures import STATUS, make_failure
 from .gate import Gate
 from .requests import add_requests
 from .settings import Settings
+from .signing import Signer
 from .store import Store
 from .webhooks import Webhooks
 
@@ -34,6 +35,9 @@ def make_app(settings: Settings, store: Store, plain_port: int | None = None) ->
         settings: of the server.
         store: its requests.
         plain_port: where it is served without TLS, when it is also served with it.
+
+    Raises:
+        OutputError: the key of the webhooks cannot be read or made.
     """
     app = FastAPI(
         title="flux2-local",
@@ -50,11 +54,14 @@ def make_app(settings: Settings, store: Store, plain_port: int | None = None) ->
         },
     )
     app.state.plain_port = plain_port
+    app.state.tickets = uploads.Tickets()
+    app.state.signer = Signer(settings.folder / "webhooks.key")
     app.state.routers = {name: APIRouter() for name in endpoints()}
     for name, endpoint in endpoints().items():
         add_calls(app.state.routers[name], endpoint)
         add_requests(app.state.routers[name], endpoint)
         app.include_router(app.state.routers[name])
+    app.include_router(uploads.router)
     app.include_router(pages.router)
     app.openapi = lambda: schema.document(app.routes, None)  # type: ignore[method-assign]
     return Gate(app, settings)
@@ -62,7 +69,7 @@ def make_app(settings: Settings, store: Store, plain_port: int | None = None) ->
 
 @asynccontextmanager
 async def _life(app: FastAPI, settings: Settings, store: Store) -> AsyncIterator[None]:
-    webhooks = Webhooks()
+    webhooks = Webhooks(app.state.signer)
     desk = app.state.desk = Desk(settings, store, lambda job: webhooks.deliver(desk, job))
     await desk.open()
     await webhooks.resume(desk)

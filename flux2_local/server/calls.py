@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..endpoints import Endpoint, make_call
 from ..request import make_request
 from . import answers, events, schema
-from .addresses import file_base, queue_urls
+from .addresses import file_base, own_bases, queue_urls
 from .desk import Desk
 from .jobs import Job
 from .references import collect
+
+PRIORITY = "x-fal-queue-priority"
+START_TIMEOUT = "x-fal-request-timeout"
+LONGEST_TIMEOUT = 30 * 86400.0
+"""Seconds; an event loop's timers go no further."""
 
 
 def desk_of(request: Request) -> Desk:
@@ -30,23 +37,42 @@ async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
 
     Raises:
         RequestError: a field is wrong, or a picture cannot be had.
+        HTTPException: 400, a header of the queue cannot be read.
     """
-    desk, base = desk_of(request), file_base(request)
+    desk, terms = desk_of(request), waiting_terms(request)
     arguments: dict[str, Any] = await request.json()
     fields, notes = make_call(endpoint, arguments)
     urls = list(fields.pop("images", ()))
-    own = base, str(request.base_url).rstrip("/")
-    images = await collect(urls, desk.pictures, own, desk.settings.private_urls) if urls else []
+    images = await collect(urls, desk.pictures, own_bases(request), desk.settings.private_urls) if urls else []
     fields["seed"] = make_request(endpoint.variant, fields).seeded().seed
     shown = {k: v for k, v in arguments.items() if k in schema.input_model(endpoint).model_fields}
     if images:
         shown["image_urls"] = images
-    job = Job(endpoint.name, endpoint.variant, shown, fields, images, base=base, **facts)
+    job = Job(endpoint.name, endpoint.variant, shown, fields, images, base=file_base(request), **terms, **facts)
     if not desk.settings.safety_checker and fields.get("enable_safety_checker", True):
         notes.append("the safety checker is off on this server")
     for note in notes:
         job.log(note)
     return job
+
+
+def waiting_terms(request: Request) -> dict[str, Any]:
+    """How a request wants to wait: its priority, and when it must have begun.
+
+    Raises:
+        HTTPException: 400, the limit is not a number of seconds.
+    """
+    low = request.headers.get(PRIORITY, "").lower() == "low"
+    limit = request.headers.get(START_TIMEOUT)
+    if limit is None:
+        return {"priority": "low" if low else "normal"}
+    try:
+        seconds = float(limit)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < LONGEST_TIMEOUT:
+        raise HTTPException(400, f"{START_TIMEOUT}: {limit[:50]!r} is not a number of seconds.")
+    return {"priority": "low" if low else "normal", "start_by": time.time() + seconds}
 
 
 def add_calls(router: APIRouter, endpoint: Endpoint) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import Cancelled, OutputError
+from ..files import check_room
+from .failures import make_failure, told
 from .jobs import Job
 from .metrics import Metrics
 from .pictures import Pictures
@@ -28,6 +31,9 @@ GRACE_SECONDS = 60.0
 
 UNFETCHED_SECONDS = 3600.0
 """How long it is held when nobody fetches it."""
+
+ROOM = 64 * 2**20
+"""Bytes that must be free on the disk for a request to be taken: nothing is generated that could not be written."""
 
 EXPIRY_SECONDS = 600.0
 RESTART_SECONDS = 2.0
@@ -83,7 +89,8 @@ class Desk:
         await self.worker.stop()
         if self.current is not None and not self.current.done:
             self.current.attempts -= 1  # it was not its fault
-            await self._keep(self.current)
+            await self.keep(self.current)
+            print(f"Stopped. Request {self.current.id} is done when it starts again.", flush=True)
         await self.store.close()
 
     # ---- callers ----
@@ -93,8 +100,10 @@ class Desk:
 
         Raises:
             QueueFull: as many wait as may.
-            OutputError: it cannot be written down.
+            OutputError: it cannot be written down, or its pictures could not be.
         """
+        if not job.sync:
+            check_room(self.settings.folder, ROOM, "--folder")
         if len(self.waiting) >= self.settings.queue_limit:
             raise QueueFull(f"{len(self.waiting)} requests wait already; try again when some are done.")
         await self.store.save(job)
@@ -109,10 +118,7 @@ class Desk:
     async def cancel(self, job: Job) -> None:
         """End a job: at once while it waits, within one step while it runs."""
         if job in self.waiting:
-            self.waiting.remove(job)
-            job.end_cancelled("Cancelled before it ran.")
-            self._renumber()
-            await self.settle(job)
+            await self._withdraw(job, make_failure(Cancelled("Cancelled before it ran.")))
         elif job is self.current:
             job.cancelling = True
             await self.worker.send({"op": "cancel", "id": job.id})
@@ -137,10 +143,29 @@ class Desk:
     # ---- work ----
 
     def _enqueue(self, job: Job) -> None:
+        """Put a job behind all of its priority and the higher one."""
         self.jobs[job.id] = job
-        self.waiting.append(job)
+        ahead = [n for n, other in enumerate(self.waiting, 1) if job.priority == "low" or other.priority == "normal"]
+        self.waiting.insert(ahead[-1] if ahead else 0, job)
         self._renumber()
         self.arrived.set()
+        if job.start_by is not None:
+            task, name = asyncio.get_running_loop().create_task, job.id  # not the job: it may be long gone by then
+            asyncio.get_running_loop().call_later(job.start_by - time.time(), lambda: task(self._end_late(name)))
+
+    async def _end_late(self, request_id: str) -> None:
+        """End a job whose time to begin is over, if it has not begun."""
+        job = next((job for job in self.waiting if job.id == request_id), None)
+        if job is not None and job.attempts == 0:
+            await self._withdraw(
+                job, told(504, "request_timeout", "The request was not begun within the time it gave.")
+            )
+
+    async def _withdraw(self, job: Job, failure: dict[str, Any]) -> None:
+        self.waiting.remove(job)
+        job.end(failure=failure)
+        self._renumber()
+        await self.settle(job)
 
     def _renumber(self) -> None:
         for number, job in enumerate(self.waiting):
@@ -178,7 +203,7 @@ class Desk:
                 await asyncio.sleep(RESTART_SECONDS)
 
     async def _run(self, job: Job) -> None:
-        await self._keep(job)
+        await self.keep(job)
         fields = dict(job.fields)
         if not self.settings.safety_checker:
             fields["enable_safety_checker"] = False
@@ -224,7 +249,7 @@ class Desk:
 
     async def _give_up(self, job: Job) -> None:
         text = f"The worker process died {job.attempts} times while it worked on this request."
-        job.end(failure={"status": 500, "error_type": "worker_died", "detail": text, "message": text})
+        job.end(failure=told(500, "worker_died", text))
         await self.settle(job)
 
     async def settle(self, job: Job) -> None:
@@ -236,14 +261,14 @@ class Desk:
             self.pictures.remove(job.images)
             self._forget_later(job, 0 if job.attached else UNFETCHED_SECONDS)
         else:
-            await self._keep(job)
+            await self.keep(job)
             self.jobs.pop(job.id, None)
             self.recent[job.id] = job
             while len(self.recent) > MAX_RECENT:
                 self.recent.popitem(last=False)
         self.on_end(job)
 
-    async def _keep(self, job: Job) -> None:
+    async def keep(self, job: Job) -> None:
         """Write a job down; where that fails it goes on in memory."""
         try:
             await self.store.save(job)
@@ -251,8 +276,13 @@ class Desk:
             print(f"{error} Request {job.id} would not survive a restart.", file=sys.stderr, flush=True)
 
     async def _expire(self) -> None:
-        """Remove what is older than --keep, now and then."""
-        while self.settings.keep is not None:
-            for job in await self.store.expired(time.time() - self.settings.keep):
-                await self.forget(job)
-            await asyncio.sleep(min(EXPIRY_SECONDS, max(1.0, self.settings.keep / 4)))
+        """Remove what is older than --keep, and uploads whose time is up, now and then."""
+        keep = math.inf if self.settings.keep is None else self.settings.keep
+        while True:
+            try:
+                for job in await self.store.expired(time.time() - keep):
+                    await self.forget(job)
+                self.pictures.remove(await self.store.drop_uploads(time.time()))
+            except OutputError as error:
+                print(f"{error} What is too old is removed later.", file=sys.stderr, flush=True)
+            await asyncio.sleep(min(EXPIRY_SECONDS, max(1.0, keep / 4)))

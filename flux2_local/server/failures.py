@@ -34,6 +34,11 @@ def make_failure(error: Exception) -> dict[str, Any]:
     return {"status": status, "error_type": kind, "detail": detail, "message": message}
 
 
+def told(status: int, kind: str, text: str) -> dict[str, Any]:
+    """A failure that no error of the tree stands for."""
+    return {"status": status, "error_type": kind, "detail": text, "message": text}
+
+
 def make_detail(found: dict[str, Any]) -> dict[str, Any]:
     """One of pydantic's findings as fal's 422 answers give it; what was sent is echoed only as far as it is short."""
     kind = str(found.get("type", "value_error"))

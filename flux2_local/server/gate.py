@@ -22,17 +22,26 @@ from .settings import Settings, is_loopback
 
 PROXY_PATH = "/api/fal/proxy"
 PROXY_HEADER = "x-fal-target-url"
-PROXY_HOSTS = {"fal.run": "", "queue.fal.run": "/queue"}
+PROXY_HOSTS = {"fal.run": "", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": ""}
 """Where the JavaScript client believes it calls -> prefix of the path here."""
 
-MAX_BODY = 64 * 2**20
-OPEN_PATHS = ("/health", "/ready", "/files/", "/playground/")
-"""Served without a key: what monitoring asks, the page itself, and pictures, whose names nobody can guess."""
+MAX_BODY = 2 * 2**20
+MAX_PICTURES_BODY = 64 * 2**20
+"""Bytes of a body where pictures come in: read and parsed where calls are answered, others must be small."""
+PICTURES = ("/edit", "/edit/stream", "/files/upload")
+UPLOADS = "/storage/upload/"
+
+OPEN = (
+    ("GET", "/health"), ("GET", "/ready"), ("GET", "/playground/"), ("GET", "/files/"), ("PUT", "/storage/upload/"),
+    ("GET", "/.well-known/"),
+)  # fmt: skip
+"""Served without a key: what monitoring asks, the page itself, pictures and announced uploads, whose addresses nobody can
+guess, and the key that webhooks are signed with."""
 
 ALLOWED_HEADERS = (
     "authorization", "content-type", "accept", "x-fal-target-url", "x-fal-request-timeout", "x-fal-runner-hint",
     "x-fal-queue-priority", "x-fal-object-lifecycle-preference", "x-fal-object-lifecycle", "x-fal-store-io",
-    "x-fal-no-retry", "x-app-fal-disable-fallback", "x-fal-client",
+    "x-fal-no-retry", "x-app-fal-disable-fallback", "x-fal-client", "x-fal-file-name",
 )  # fmt: skip
 SECURITY = (
     (b"x-content-type-options", b"nosniff"),
@@ -48,10 +57,15 @@ Message = MutableMapping[str, Any]
 
 
 class TooLarge(HTTPException):
-    """The body is longer than :data:`MAX_BODY`."""
+    """The body is longer than it may be."""
 
-    def __init__(self) -> None:
-        super().__init__(413, f"The body is larger than {MAX_BODY // 2**20} MiB.")
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, f"The body is larger than {limit // 2**20} MiB.")
+
+
+def max_body(path: str) -> int:
+    """Bytes that a body sent to an address may have."""
+    return MAX_PICTURES_BODY if path.endswith(PICTURES) or path.startswith(UPLOADS) else MAX_BODY
 
 
 class Gate:
@@ -81,12 +95,15 @@ class Gate:
         refusal = self._refusal(scope, headers)
         if refusal is None and scope["path"] == PROXY_PATH and scope["method"] != "OPTIONS":
             scope, refusal = proxied(scope, headers)
+        limit, length = max_body(scope["path"]), headers.get("content-length", "0")
+        if refusal is None and length.isdigit() and int(length) > limit:
+            refusal = answers.problem(413, "too_large", TooLarge(limit).detail)
         if scope["method"] == "OPTIONS" and refusal is None:
             refusal = Response(status_code=204)
         if refusal is not None:
             await refusal(scope, receive, told)
             return
-        await self.app(scope, limited(receive), told)
+        await self.app(scope, limited(receive, limit), told)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """Why a call may not pass, or None."""
@@ -96,11 +113,9 @@ class Gate:
         if origin is not None and not self.allows(origin, host):
             text = f"Pages of {origin[:200]} may not call this server; `--allow-origin {origin[:200]}` permits them."
             return answers.problem(403, "origin_refused", text)
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            return answers.problem(413, "too_large", TooLarge().detail)
-        path = scope["path"]
-        if scope["method"] == "OPTIONS" or path == "/" or path.startswith(OPEN_PATHS) or self._knows_key(headers):
+        method, path = ("GET" if scope["method"] == "HEAD" else scope["method"]), scope["path"]
+        is_open = path == "/" or any(method == verb and path.startswith(start) for verb, start in OPEN)
+        if method == "OPTIONS" or is_open or self._knows_key(headers):
             return None
         return answers.problem(
             401, "unauthorized", "A key is needed: Authorization: Key …", {"www-authenticate": "Key"}
@@ -139,7 +154,7 @@ class Gate:
             more += [
                 (b"access-control-allow-origin", origin.encode("latin-1")),
                 (b"vary", b"origin"),
-                (b"access-control-expose-headers", b"x-fal-request-id, x-fal-error-type"),
+                (b"access-control-expose-headers", b"x-fal-request-id, x-fal-error-type, x-fal-request-timeout-type"),
                 (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"),
                 (b"access-control-allow-headers", ", ".join(ALLOWED_HEADERS).encode()),
                 (b"access-control-max-age", b"600"),
@@ -154,16 +169,16 @@ class Gate:
         return told
 
 
-def limited(receive: Receive) -> Receive:
-    """``receive`` that stops at a body that is too long."""
+def limited(receive: Receive, limit: int) -> Receive:
+    """``receive`` that stops at a body that is longer than ``limit`` bytes."""
     total = 0
 
     async def counted() -> Message:
         nonlocal total
         message = await receive()
         total += len(message.get("body", b""))
-        if total > MAX_BODY:
-            raise TooLarge
+        if total > limit:
+            raise TooLarge(limit)
         return message
 
     return counted

@@ -13,10 +13,11 @@ from ..errors import Cancelled
 from .failures import make_failure
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+Priority = Literal["normal", "low"]
 
 KEPT = (
     "id", "endpoint", "variant", "arguments", "fields", "images", "attached", "webhook", "hook", "base", "state", "logs",
-    "answer", "failure", "attempts", "created", "started", "ended",
+    "answer", "failure", "attempts", "priority", "start_by", "created", "started", "ended",
 )  # fmt: skip
 """Attributes that a job's row holds."""
 
@@ -37,6 +38,8 @@ class Job:
         answer: the output; pictures are named by file.
         failure: what went wrong, as :func:`.failures.make_failure` puts it.
         attempts: how often it was begun.
+        priority: "low" waits behind every "normal".
+        start_by: when it must have begun, in seconds since 1970, or None.
         progress: the last report, with ``preview`` (JPEG bytes) where there is one.
     """
 
@@ -57,6 +60,8 @@ class Job:
     answer: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     attempts: int = 0
+    priority: Priority = "normal"
+    start_by: float | None = None
     created: float = field(default_factory=time.time)
     started: float | None = None
     ended: float | None = None

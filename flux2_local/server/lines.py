@@ -27,6 +27,7 @@ def greeting(settings: Settings, certificates: Certificates | None) -> str:
         f"  import os; os.environ['FAL_KEY'] = '{key}'",
         "  import fal_client.client as fal",
         f"  fal.RUN_URL_FORMAT, fal.QUEUE_URL_FORMAT = 'http://{at}/', 'http://{at}/queue/'",
+        f"  fal.REST_URL = fal.CDN_URL = 'http://{at}'  # uploads",
         "",
         *_tls_lines(settings, certificates, host, key),
         "JavaScript, before the first call of fal:",

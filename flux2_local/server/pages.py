@@ -57,13 +57,17 @@ async def file(request: Request, name: str) -> Response:
     """A picture. Ranges are served."""
     pictures = desk_of(request).pictures
     try:
-        path = pictures.path(name)
-        if not path.is_file():
-            raise KeyError(name)
-    except KeyError:
+        path, kind = pictures.path(name), pictures.kind(name)
+    except (KeyError, OSError):
         return answers.problem(404, "not_found", "There is no such picture, or not any more.")
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-    return FileResponse(path, media_type=pictures.kind(name), headers=headers)
+    return FileResponse(path, media_type=kind, headers=headers)
+
+
+@router.get("/.well-known/jwks.json", operation_id="webhookKeys")
+async def keys(request: Request) -> Response:
+    """The key that webhooks are signed with."""
+    return Answer(request.app.state.signer.jwks())
 
 
 @router.get("/api/info", operation_id="info")

@@ -11,6 +11,9 @@ from .. import files, images
 
 NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(?:png|jpg|webp)")
 
+BEGINNINGS = {b"\x89P": "png", b"\xff\xd8": "jpeg", b"RI": "webp"}
+"""The first two bytes of each format."""
+
 
 class Pictures:
     """Pictures by name."""
@@ -30,14 +33,29 @@ class Pictures:
         return self.folder / name
 
     def kind(self, name: str) -> str:
-        """Content type of a picture, by its name."""
-        return images.CONTENT_TYPES[images.FORMATS[Path(name).suffix]]
+        """Content type of a picture, by its beginning: an uploaded one may be other than its sender called it.
+
+        Raises:
+            KeyError: the name is not one of ours.
+            OSError: there is no such file.
+        """
+        with self.path(name).open("rb") as file:
+            head = file.read(2)
+        return images.CONTENT_TYPES[BEGINNINGS[head]]
 
     def add(self, data: bytes, form: str) -> str:
         """Write a picture; returns its name."""
         name = secrets.token_urlsafe(24) + images.SUFFIXES[form]
-        files.write(self.folder / name, data)
+        self.write(name, data)
         return name
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a picture under a name.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        files.write(self.path(name), data)
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:

@@ -49,7 +49,7 @@ def _keep(number: int, url: Any, pictures: Pictures, own: tuple[str, ...], limit
         raise _wrong("a picture is given by its URL", number, url, "string_type")
     try:
         data = _bytes(url, pictures, own, limits)
-        return pictures.add(data, _form(data))
+        return pictures.add(data, form_of(data))
     except RequestError as error:
         raise _wrong(str(error), number, url, "file_download_error") from error
 
@@ -68,7 +68,7 @@ def _bytes(url: str, pictures: Pictures, own: tuple[str, ...], limits: Limits) -
     return data
 
 
-def _form(data: bytes) -> str:
+def form_of(data: bytes) -> str:
     """The format of a picture, from its beginning.
 
     Raises:

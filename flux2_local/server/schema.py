@@ -162,6 +162,7 @@ CALLS: dict[int | str, dict[str, Any]] = {
     429: {"model": Problem, "description": "The queue is full"},
     499: {"model": Problem, "description": "Cancelled"},
     500: {"model": Problem, "description": "The model, the memory or the disk fails"},
+    504: {"model": Problem, "description": "Not begun within the time that the caller gave"},
 }
 
 

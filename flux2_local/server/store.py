@@ -26,14 +26,15 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
 CREATE INDEX IF NOT EXISTS jobs_by_end ON jobs (ended);
+CREATE TABLE IF NOT EXISTS uploads (name TEXT PRIMARY KEY, expires REAL NOT NULL);
 """
 
 
 class Store:
-    """Jobs by id. Its methods are coroutines; the work is done in the store's own thread.
+    """Jobs by id, and uploaded pictures by name. Its methods are coroutines; the work is done in the store's own thread.
 
     Raises:
-        OutputError: the file cannot be used, or another server uses it.
+        OutputError: the file cannot be used, or another server uses it; and by every method: it cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,14 +49,13 @@ class Store:
             ) from error
 
     async def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._base)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._base)
+        except sqlite3.Error as error:
+            raise OutputError(f"The queue on the disk cannot be used: {error}.") from error
 
     async def save(self, job: Job) -> None:
-        """Insert or replace a job, keeping its place.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Insert or replace a job, keeping its place."""
         text = json.dumps(job.to_row())
         values = (job.id, job.state, job.hook, job.ended, text)
 
@@ -66,10 +66,7 @@ class Store:
                 values,
             )
 
-        try:
-            await self._do(write)
-        except sqlite3.Error as error:
-            raise OutputError(f"The queue cannot be written: {error}.") from error
+        await self._do(write)
 
     async def load(self, request_id: str) -> Job | None:
         """A job, or None."""
@@ -101,9 +98,22 @@ class Store:
         """Jobs that ended before a time."""
         return await self._select("WHERE ended < ? AND (hook IS NULL OR hook != 'pending')", (before,))
 
+    async def add_upload(self, name: str, expires: float) -> None:
+        """Remember an uploaded picture until a time (seconds since 1970, may be infinite)."""
+        await self._do(
+            lambda base: base.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?)", (name, expires)) and None
+        )
+
+    async def drop_uploads(self, before: float) -> list[str]:
+        """Forget the uploaded pictures whose time was up before a time; returns their names."""
+        return await self._do(
+            lambda base: [n for (n,) in base.execute("DELETE FROM uploads WHERE expires < ? RETURNING name", (before,))]
+        )
+
     async def files(self) -> set[str]:
-        """Names of all files that some job owns."""
-        return {name for job in await self._select("", ()) for name in job.files}
+        """Names of all files that are some job's or were uploaded."""
+        uploads = await self._do(lambda base: [name for (name,) in base.execute("SELECT name FROM uploads")])
+        return {*uploads, *(name for job in await self._select("", ()) for name in job.files)}
 
     async def close(self) -> None:
         await self._do(lambda base: base.close())

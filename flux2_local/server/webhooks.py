@@ -12,23 +12,29 @@ from .desk import Desk
 from .jobs import Job
 from .outgoing import Call, Limits, exchange
 from .settings import is_loopback
+from .signing import Signer
 
-DELAYS = (0.0, 1.0, 5.0, 30.0, 120.0, 600.0)
-"""Seconds before each try."""
+DELAYS = (0.0, 1.0, 5.0, 30.0, 120.0, 300.0, 600.0, 900.0, 1200.0, 1800.0, 2244.0)
+"""Seconds before each try: as at fal, ten repetitions in two hours."""
 
 LIMITS = Limits(seconds=15, size=2**20)
 
 
 class Webhooks:
-    """Calls that are under way; what is left when the server stops goes on when it starts again."""
+    """Calls that are under way; what is left when the server stops goes on when it starts again.
 
-    def __init__(self) -> None:
+    Args:
+        signer: signs each call.
+    """
+
+    def __init__(self, signer: Signer) -> None:
+        self.signer = signer
         self._tasks: set[asyncio.Task[None]] = set()
 
     def deliver(self, desk: Desk, job: Job) -> None:
         """Start calling a job's webhook, if it has one."""
         if job.webhook is not None:
-            task = asyncio.get_running_loop().create_task(_deliver(desk, job))
+            task = asyncio.get_running_loop().create_task(self._deliver(desk, job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -42,25 +48,24 @@ class Webhooks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-
-async def _deliver(desk: Desk, job: Job) -> None:
-    assert job.webhook is not None
-    private = desk.settings.private_urls or is_loopback(desk.settings.host)
-    limits = Limits(LIMITS.seconds, LIMITS.size, private)
-    body = json.dumps(payload(job)).encode("ascii")
-    call = Call(job.webhook, "POST", body, {"Content-Type": "application/json"})
-    job.hook = "failed"
-    for delay in DELAYS:
-        await asyncio.sleep(delay)
-        try:
-            status, _ = await asyncio.to_thread(exchange, call, limits)
-        except RequestError:
-            continue
-        if 200 <= status < 300:
-            job.hook = "sent"
-            break
-    if not job.sync:
-        await desk.store.save(job)
+    async def _deliver(self, desk: Desk, job: Job) -> None:
+        assert job.webhook is not None
+        private = desk.settings.private_urls or is_loopback(desk.settings.host)
+        limits = Limits(LIMITS.seconds, LIMITS.size, private)
+        body = json.dumps(payload(job)).encode("ascii")
+        job.hook = "failed"
+        for delay in DELAYS:
+            await asyncio.sleep(delay)
+            headers = {"Content-Type": "application/json", **self.signer.headers(job.id, body)}
+            try:
+                status, _ = await asyncio.to_thread(exchange, Call(job.webhook, "POST", body, headers), limits)
+            except RequestError:
+                continue
+            if 200 <= status < 300:
+                job.hook = "sent"
+                break
+        if not job.sync:
+            await desk.keep(job)
 
 
 def payload(job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One server for all tests that do not need a special one."""
+"""One server for all tests that do not need a special one; all run the bundled model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def session_server(tmp_path_factory: pytest.TempPathFactory, klein_folder: Path) -> Iterator[Server]:
+def session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from harness import Server
 
-    server = Server(tmp_path_factory.mktemp("server") / "data", klein_folder, "--no-safety-checker", "--tls")
+    server = Server(tmp_path_factory.mktemp("server") / "data", "--no-safety-checker", "--tls")
     server.wait_ready()
     yield server
     assert server.stop() == 0, "".join(server.complained)
@@ -32,14 +32,14 @@ def server(session_server: Server) -> Iterator[Server]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, klein_folder: Path) -> Iterator[Callable[..., Server]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers with options of their own; they end with the test."""
     from harness import Server
 
     servers: list[Server] = []
 
-    def begin(*options: str, model: Path | str | None = None, folder: Path | None = None) -> Server:
-        servers.append(Server(folder or tmp_path / "data", model or klein_folder, "--no-safety-checker", *options))
+    def begin(*options: str) -> Server:
+        servers.append(Server(tmp_path / "data", "--no-safety-checker", *options))
         return servers[-1]
 
     yield begin

@@ -96,25 +96,28 @@ def test_cancel_works_while_waiting_and_running(server):
     assert (answer.status_code, answer.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     assert server.status(waiting)["error_type"] == "client_cancelled"
     server.running(running)
-    start = time.monotonic()
     assert server.cancel(running).status_code == 202
+    before = steps(server, running)
     failed = server.result(running)
-    assert time.monotonic() - start < 15 and failed.status_code == 499
-    assert failed.json()["error_type"] == "client_cancelled"
-    assert len([log for log in server.status(running)["logs"] if "step" in log["message"]]) < 100
+    assert failed.status_code == 499 and failed.json()["error_type"] == "client_cancelled"
+    assert steps(server, running) <= before + 2, "one step was under way, and one report"
     again = server.cancel(running)
     assert (again.status_code, again.json()) == (400, {"status": "ALREADY_COMPLETED"})
     nobody = server.client.put(f"/queue/{STANDARD}/requests/nobody/cancel")
     assert (nobody.status_code, nobody.json()) == (404, {"status": "NOT_FOUND"})
 
 
+def steps(server, job):
+    return sum(log["message"].startswith("step") for log in server.status(job)["logs"])
+
+
 @pytest.mark.parametrize("path", ["", "/stream"])
 def test_a_caller_that_hangs_up_stops_the_work(server, path):
     with (
         pytest.raises(httpx.ReadTimeout),
-        httpx.stream("POST", f"{server.url}/{STANDARD}{path}", json=LONG, timeout=1.5) as answer,
+        httpx.stream("POST", f"{server.url}/{STANDARD}{path}", json=LONG, timeout=0.7) as answer,
     ):
-        answer.read() if not path else time.sleep(1.5)
+        answer.read() if not path else time.sleep(0.7)
         raise httpx.ReadTimeout("gone")
     server.idle()
     last = server.client.get("/api/history?limit=1").json()["requests"][0]

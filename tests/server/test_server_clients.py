@@ -1,6 +1,8 @@
 """Unmodified clients: the spec's cURL and Python script, fal-client's calls, and the JavaScript client through its proxy."""
 
 import asyncio
+import inspect
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from harness import EDIT, FLASH, LONG, SMALL, STANDARD, TURBO
 from PIL import Image
@@ -46,8 +49,9 @@ print(result)
 """
 
 SCRIPT = """\
+import { readFileSync } from "node:fs";
 import { fal } from "@fal-ai/client";
-fal.config({ proxyUrl: { url: process.env.PROXY, when: "always" } });
+CONFIGURATION
 const input = { prompt: "a boat", image_size: "square", seed: 5 };
 const out = { updates: [], stream: [], failures: [] };
 
@@ -80,17 +84,29 @@ const failing = [
   () => fal.queue.status("fal-ai/flux-2", { requestId: "nobody" }),
 ];
 for (const call of failing) await call().catch((e) => out.failures.push([e.name, e.status, e.body]));
+
+const picture = new Blob([readFileSync("photo.png")], { type: "image/png" });
+out.uploaded = await fal.storage.upload(picture, { lifecycle: { expiresIn: "1h" } });
+const edit = { ...input, num_inference_steps: 4, image_urls: [out.uploaded, picture] };
+out.edited = await fal.subscribe("fal-ai/flux-2/edit", { input: edit, pollInterval: 100, priority: "low", startTimeout: 60 });
+await fal.storage.upload(new Blob(["x"], { type: "text/plain" })).catch((e) => out.failures.push([e.name, e.status]));
 console.log(JSON.stringify(out));
 """
 
 
 @pytest.fixture
 def plain(server, monkeypatch):
-    """fal-client pointed at the server, as ``serve`` says for plain http."""
-    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{server.url}/")
-    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{server.url}/queue/")
-    monkeypatch.setenv("FAL_KEY", "any")
+    """fal-client pointed at the server by the lines that ``serve`` printed for plain http."""
+    for name in ("RUN_URL_FORMAT", "QUEUE_URL_FORMAT", "REST_URL", "CDN_URL"):
+        monkeypatch.setattr(fal_client.client, name, None)
+    monkeypatch.setenv("FAL_KEY", "")
+    exec(inspect.cleandoc(printed(server, "Python, before the first call of fal_client:")), {})
     return fal_client
+
+
+def printed(server, title):
+    """What ``serve`` printed to paste under a title."""
+    return server.text.partition(f"{title}\n")[2].partition("\n\n")[0]
 
 
 def test_the_specs_curl_command_with_the_host_replaced(server):
@@ -100,6 +116,8 @@ def test_the_specs_curl_command_with_the_host_replaced(server):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "FAL_KEY": "any"})
     result = json.loads(done.stdout)
     assert result["images"][0]["width"] == 1024 and result["prompt"].startswith("An army of ants")
+    done = subprocess.run(["bash", "-c", printed(server, "cURL:")], capture_output=True, text=True)
+    assert json.loads(done.stdout)["prompt"] == "a lighthouse at dusk", "the command that serve prints"
 
 
 def test_the_specs_python_script_with_environment_variables_alone(server, tmp_path):
@@ -156,6 +174,47 @@ def test_the_python_clients_asynchronous_calls_and_editing(plain):
     assert all(answer["images"] for answer in asyncio.run(main()))
 
 
+def test_the_python_clients_uploads(plain, tmp_path):
+    picture = Image.effect_noise((96, 80), 80).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    (tmp_path / "photo.png").rename(tmp_path / "misnamed.jpg")
+    soon = plain.StorageSettings(expires_in="1h")
+
+    async def asynchronous():
+        return await plain.upload_file_async(tmp_path / "misnamed.jpg"), await plain.upload_image_async(picture)
+
+    urls = [
+        plain.upload_file(tmp_path / "misnamed.jpg", lifecycle=soon),
+        plain.upload_image(picture, "webp", repository="fal"),
+        plain.upload((tmp_path / "misnamed.jpg").read_bytes(), "image/png"),
+        *asyncio.run(asynchronous()),
+    ]
+    kinds = [httpx.get(url).headers["content-type"] for url in urls]
+    assert kinds == ["image/png", "image/webp", "image/png", "image/png", "image/jpeg"], "by what they are"
+    assert all(Image.open(io.BytesIO(httpx.get(url).content)).size == (96, 80) for url in urls)
+    edited = plain.run(EDIT, {**SMALL, "image_urls": urls[:2], "num_inference_steps": 4})
+    assert edited["images"][0]["width"] == 512
+    with pytest.raises(plain.FalClientHTTPError) as caught:
+        plain.upload(b"no picture", "text/plain", file_name="notes.txt")
+    assert caught.value.status_code == 422
+
+
+def test_priorities_and_start_timeouts(plain, server):
+    running = plain.submit(STANDARD, LONG)
+    low, normal = plain.submit(FLASH, SMALL, priority="low"), plain.submit(FLASH, SMALL)
+    late = plain.submit(FLASH, SMALL, start_timeout=2, priority="low")
+    assert (normal.status().position, low.status().position, late.status().position) == (0, 1, 2)
+    with pytest.raises(plain.FalClientHTTPError) as caught:
+        late.get()
+    assert caught.value.status_code == 504 and caught.value.error_type == "request_timeout"
+    running.cancel()
+    assert low.get()["images"] and normal.get()["images"]
+    ended = [e["request_id"] for e in server.client.get("/api/history?limit=2").json()["requests"]]
+    assert ended == [low.request_id, normal.request_id], "newest first"
+    wrong = server.client.post(f"/queue/{FLASH}", json=SMALL, headers={"X-Fal-Request-Timeout": "soon"})
+    assert wrong.status_code == 400 and wrong.json()["error_type"] == "bad_request"
+
+
 @pytest.fixture(scope="session")
 def node_folder(tmp_path_factory) -> Path:
     for tool in ("node", "npm"):
@@ -176,11 +235,10 @@ def node_folder(tmp_path_factory) -> Path:
 
 
 def test_every_call_of_the_javascript_client_through_the_proxy(server, node_folder):
-    (node_folder / "script.js").write_text(SCRIPT)
-    environment = {**os.environ, "PROXY": f"{server.url}/api/fal/proxy"}
-    done = subprocess.run(
-        ["node", "script.js"], cwd=node_folder, capture_output=True, text=True, env=environment, timeout=300
-    )
+    configuration = printed(server, "JavaScript, before the first call of fal:").strip()
+    (node_folder / "script.js").write_text(SCRIPT.replace("CONFIGURATION", configuration))
+    Image.effect_noise((96, 96), 80).convert("RGB").save(node_folder / "photo.png")
+    done = subprocess.run(["node", "script.js"], cwd=node_folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     assert out["updates"][-1] == "COMPLETED" and len(out["subscribed"]["requestId"]) == 36
@@ -189,7 +247,9 @@ def test_every_call_of_the_javascript_client_through_the_proxy(server, node_fold
     assert out["stream"][-1]["images"] and out["done"]["seed"] == 5
     assert any(event.get("stage") == "denoise" for event in out["stream"])
     assert out["status"]["status"] == "COMPLETED" and out["status"]["logs"]
-    cancelled, wrong, unknown = out["failures"]
+    assert out["uploaded"].startswith(f"{server.url}/files/") and out["edited"]["data"]["images"]
+    cancelled, wrong, unknown, text = out["failures"]
+    assert text == ["ValidationError", 422]
     assert cancelled[2]["error_type"] == "client_cancelled"
     assert wrong[:2] == ["ValidationError", 422] and wrong[2]["detail"][0]["loc"] == ["body", "guidance_scale"]
     assert unknown[1] == 404

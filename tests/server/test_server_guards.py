@@ -1,7 +1,8 @@
 """What keeps the server and its machine safe: keys, origins, hosts, files, addresses, sizes."""
 
-import contextlib
+import asyncio
 import http.server
+import io
 import socket
 import ssl
 import subprocess
@@ -11,12 +12,17 @@ import time
 
 import httpx
 import pytest
-from harness import COMMAND, FLASH, SMALL, STANDARD
+from harness import COMMAND, EDIT, FLASH, SMALL, STANDARD
+from PIL import Image
 
-from flux2_local.errors import Flux2Error, RequestError
-from flux2_local.server import outgoing
+from flux2_local.cli import main
+from flux2_local.errors import Flux2Error, OutputError, RequestError
+from flux2_local.server import desk, outgoing
 from flux2_local.server.failures import STATUS, make_failure
+from flux2_local.server.jobs import Job
 from flux2_local.server.settings import Settings, parse_duration, parse_models
+from flux2_local.server.signing import Signer
+from flux2_local.server.store import Store
 from flux2_local.server.tls import make_certificates
 
 PROXY = "/api/fal/proxy"
@@ -80,18 +86,62 @@ def test_pages_of_this_machine_may_call_and_others_may_not(server):
     assert server.client.get("/health", headers={"Host": "rebound.example.com"}).status_code == 403
 
 
-def test_bodies_are_bounded(server):
+@pytest.mark.parametrize(
+    ("path", "limit"), [(f"/{STANDARD}", 2), (f"/queue/{FLASH}", 2), (f"/{EDIT}", 64), (PROXY, 64)]
+)
+def test_bodies_are_bounded(server, path, limit):
     host = server.url.removeprefix("http://")
-    start = f"POST /{STANDARD} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    start = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    start += f"X-Fal-Target-Url: https://fal.run/{EDIT}\r\n"
     with socket.create_connection(host.split(":"), timeout=60) as line:
-        line.sendall(f"{start}Content-Length: {65 * 2**20}\r\n\r\n".encode())
+        line.sendall(f"{start}Content-Length: {limit * 2**20 + 1}\r\n\r\n".encode())
         assert line.recv(65536).split()[1] == b"413", "announced"
-    with socket.create_connection(host.split(":"), timeout=60) as line, contextlib.suppress(ConnectionError):
+    with socket.create_connection(host.split(":"), timeout=60) as line:
         line.sendall(f"{start}Transfer-Encoding: chunked\r\n\r\n".encode())
-        for _ in range(66):
+        for _ in range(limit):
             line.sendall(b"100000\r\n" + b"x" * 2**20 + b"\r\n")
+        line.sendall(b"1\r\nx\r\n")
         assert line.recv(65536).split()[1] == b"413", "unannounced"
     assert server.client.get("/health").status_code == 200
+
+
+def test_nothing_is_taken_that_could_not_be_written(tmp_path, monkeypatch):
+    async def main():
+        taken = desk.Desk(Settings(tmp_path), Store(tmp_path / "queue.sqlite"), lambda job: None)
+        try:
+            await taken.submit(Job(FLASH, "flash", SMALL, {"sync_mode": True}))
+            with pytest.raises(OutputError, match="--folder"):
+                await taken.submit(Job(FLASH, "flash", SMALL, {}))
+            return len(taken.waiting)
+        finally:
+            await taken.store.close()
+
+    monkeypatch.setattr(desk, "ROOM", 2**60)
+    assert asyncio.run(main()) == 1
+
+
+def test_an_upload_goes_where_it_was_announced_once_and_must_be_a_picture(server):
+    out = io.BytesIO()
+    Image.effect_noise((96, 80), 80).save(out, "PNG")
+    announce = {"content_type": "image/png", "file_name": "photo.png"}
+    before = len(list((server.folder / "files").iterdir()))
+    places = server.client.post("/storage/upload/initiate", json=announce).json()
+    assert httpx.get(places["file_url"]).status_code == 404
+    assert httpx.put(places["upload_url"], content=out.getvalue()).status_code == 200
+    assert httpx.get(places["file_url"]).content == out.getvalue()
+    assert httpx.put(places["upload_url"], content=out.getvalue()).status_code == 400, "once"
+    tall = io.BytesIO()
+    Image.new("L", (64, 1000)).save(tall, "PNG")
+    for data, status in ((b"MZ\x90", 422), (b"", 422), (tall.getvalue(), 422), (b"x" * (33 * 2**20), 413)):
+        places = server.client.post("/storage/upload/initiate", json=announce).json()
+        assert httpx.put(places["upload_url"], content=data).status_code == status
+        assert httpx.get(places["file_url"]).status_code == 404
+    assert len(list((server.folder / "files").iterdir())) == before + 1
+    assert server.client.post("/storage/upload/initiate", json={"content_type": "video/mp4"}).status_code == 422
+    assert server.client.post("/storage/upload/initiate-multipart", json=announce).status_code == 413
+    wrong = {"Content-Type": "image/png", "X-Fal-Object-Lifecycle": "[]"}
+    assert server.client.post("/files/upload", content=out.getvalue(), headers=wrong).status_code == 400
+    assert (server.folder / "webhooks.key").stat().st_mode & 0o077 == 0 or sys.platform == "win32"
 
 
 def test_a_key_is_asked_for_where_one_is_set(start):
@@ -105,11 +155,26 @@ def test_a_key_is_asked_for_where_one_is_set(start):
             server.client.post(PROXY, headers={**header, "x-fal-target-url": f"https://fal.run/{STANDARD}"}).status_code
             == 401
         )
+    assert server.client.post("/files/upload", content=b"x", headers={"Content-Type": "image/png"}).status_code == 401
+    assert server.client.get("/.well-known/jwks.json").status_code == 200
     good = {"Authorization": "Key a-long-enough-key", "Origin": "https://app.example.com"}
     assert server.client.get("/api/history", headers=good).status_code == 200
     assert "YOUR_KEY" in server.text and "a-long-enough-key" not in server.text
     full = [server.client.post(f"/queue/{STANDARD}", json=SMALL, headers=good).status_code for _ in range(4)]
     assert full[0] == 200 and full[-1] == 429, "the queue is bounded"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls ``serve`` with options that it refuses before it listens; returns its exit code and words."""
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["flux2-local", "serve", *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -122,9 +187,9 @@ def test_a_key_is_asked_for_where_one_is_set(start):
         (["--variant-models", "ultra=dev"], "standard, turbo, flash"),
     ],
 )
-def test_mistakes_are_refused_before_listening(options, words):
-    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_are_refused_before_listening(refused, options, words):
+    code, said = refused(*options)
+    assert code == 2 and words in said
 
 
 def test_a_model_that_is_not_there_ends_the_server_with_its_code(tmp_path):
@@ -133,14 +198,21 @@ def test_a_model_that_is_not_there_ends_the_server_with_its_code(tmp_path):
     assert done.returncode == 3 and "no model 'nope'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_second_server_on_the_same_folder_or_port_says_so(server, klein_folder, tmp_path):
-    for options in (
-        ["--port", "0", "--folder", str(server.folder)],
-        ["--port", server.url.rpartition(":")[2], "--folder", str(tmp_path)],
-    ):
-        done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
-        assert done.returncode in (1, 6) and "Traceback" not in done.stderr
-        assert "another" in done.stderr.lower()
+def test_a_second_server_on_the_same_folder_or_port_says_so(server, refused, tmp_path):
+    command = [*COMMAND, "--port", "0", "--folder", str(server.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6 and "Traceback" not in done.stderr and "another `flux2-local serve`" in done.stderr
+    code, said = refused("--port", server.url.rpartition(":")[2], "--folder", str(tmp_path))
+    assert code == 1 and "Choose another one with --port" in said
+
+
+def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, said = refused("--folder", str(tmp_path / "file" / "below"))
+    assert code == 6 and "--folder" in said
+    (tmp_path / "webhooks.key").write_text("no key")
+    with pytest.raises(OutputError, match="webhooks.key"):
+        Signer(tmp_path / "webhooks.key")
 
 
 def test_durations_and_models_are_read():

@@ -1,13 +1,21 @@
 """Crashes, restarts, webhooks, expiry, metrics."""
 
+import base64
+import contextlib
+import hashlib
 import http.server
+import io
 import json
 import threading
+import time
 
 import httpx
 import psutil
 import pytest
-from harness import FLASH, LONG, STANDARD, TURBO
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from harness import FLASH, LONG, SMALL, STANDARD, TURBO
+from PIL import Image
 
 JOBS = 20
 
@@ -22,6 +30,7 @@ def pictures(server):
 
 def test_killed_in_mid_job_with_twenty_queued_every_one_ends_exactly_once(start):
     server = start()
+    assert (server.client.get("/ready").status_code, server.client.get("/health").status_code) == (503, 200)
     server.wait_ready()
     jobs = [server.submit(FLASH, seed=i) for i in range(JOBS)]
     server.running(jobs[2])
@@ -53,37 +62,56 @@ def test_a_worker_that_dies_is_replaced_and_its_job_done_again(start):
     assert "The worker process ended" in "".join(server.complained)
 
 
-def test_a_queued_sync_request_survives_a_restart_and_leaves_nothing(start):
+def test_what_a_crash_leaves_of_sync_requests_callers_on_the_line_and_uploads(start):
     server = start()
     server.wait_ready()
-    job, gone = server.submit(FLASH, sync_mode=True, seed=4), server.submit(STANDARD, **LONG)
-    server.running(gone)
-    server.kill()
-    server.start()
-    assert server.cancel(gone).status_code == 202
-    result = server.result(job).json()
-    assert result["seed"] == 4 and result["images"][0]["url"].startswith("data:")
-    assert pictures(server) == []
-
-
-def test_a_caller_on_the_line_is_not_worked_for_after_a_restart(start):
-    server = start()
-    server.wait_ready()
+    headers = {"Content-Type": "image/png"}
+    upload = server.client.post("/files/upload", content=some_png(), headers=headers).json()["access_url"]
     with (
         pytest.raises(httpx.TransportError),
         httpx.stream("POST", f"{server.url}/{STANDARD}/stream", json=LONG) as answer,
     ):
-        for _ in answer.iter_lines():
-            server.kill()
+        for number, _ in enumerate(answer.iter_lines()):
+            if number == 0:
+                sync = server.submit(FLASH, sync_mode=True, seed=4)
+                server.kill()
     server.start()
-    server.idle()
-    entry = server.client.get("/api/history").json()["requests"][0]
-    assert "The server stopped" in entry["error"]
+    result = server.result(sync).json()
+    assert result["seed"] == 4 and result["images"][0]["url"].startswith("data:")
+    entries = server.client.get("/api/history").json()["requests"]
+    assert len(entries) == 1 and "The server stopped" in entries[0]["error"], "nobody waits for it any more"
+    assert pictures(server) == [upload.rpartition("/")[2]], "the upload alone"
+    assert server.client.get(f"/files/{pictures(server)[0]}").content == some_png()
+
+
+def some_png():
+    out = io.BytesIO()
+    Image.linear_gradient("L").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_ctrl_c_stops_at_once_and_loses_nothing(start):
+    server = start()
+    server.wait_ready()
+    running, waiting = server.submit(STANDARD, image_size="square_hd", num_inference_steps=20), server.submit(FLASH)
+    server.running(running)
+    with server.client.stream("GET", running["status_url"] + "/stream") as watching:
+        next(watching.iter_lines())
+        begin = time.monotonic()
+        assert server.stop() == 0
+    assert time.monotonic() - begin < 10
+    assert "Traceback" not in "".join(server.complained) and "done when it starts again" in server.text
+    server.start()
+    assert server.result(running).status_code == 200 and server.result(waiting).status_code == 200
+    begun = [log["message"] for log in server.status(running)["logs"]].count("step 1/20")
+    assert begun == 2 and len(server.client.get("/api/history").json()["requests"]) == 2
 
 
 class _Hook(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
-        self.server.got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.calls.append((dict(self.headers), body))
+        self.server.got.append(json.loads(body))
         self.send_response(500 if len(self.server.got) == 1 else 200)
         self.end_headers()
 
@@ -94,7 +122,7 @@ class _Hook(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hook():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hook)
-    server.got = []
+    server.got, server.calls = [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -117,11 +145,71 @@ def test_webhooks_are_told_how_it_ended_and_tried_again(server, hook):
     assert wrong.status_code == 422
 
 
+def is_fals(headers, body, keys):
+    """What fal tells receivers to check: the age of the call, and its signature by one of the published keys."""
+    parts = [headers[f"X-Fal-Webhook-{name}"] for name in ("Request-Id", "User-Id", "Timestamp")]
+    if abs(time.time() - int(parts[2])) > 300:
+        return False
+    message = "\n".join([*parts, hashlib.sha256(body).hexdigest()]).encode()
+    for key in keys:
+        public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"] + "=="))
+        try:
+            public.verify(bytes.fromhex(headers["X-Fal-Webhook-Signature"]), message)
+            return True
+        except InvalidSignature:
+            continue
+    return False
+
+
+def test_webhooks_are_signed_as_fal_signs_them(server, hook):
+    target = {"fal_webhook": f"http://127.0.0.1:{hook.server_port}/"}
+    hook.got.append("so that the first call is answered with 200")
+    job = server.client.post(f"/queue/{FLASH}", params=target, json=SMALL).json()
+    server.until(lambda: hook.calls)
+    keys = httpx.get(f"{server.url}/.well-known/jwks.json").json()["keys"]
+    [(headers, body)] = hook.calls
+    assert headers["X-Fal-Webhook-Request-Id"] == job["request_id"] and is_fals(headers, body, keys)
+    assert not is_fals(headers, body + b" ", keys)
+    assert not is_fals({**headers, "X-Fal-Webhook-Request-Id": "other"}, body, keys)
+    assert not is_fals({**headers, "X-Fal-Webhook-Timestamp": str(int(time.time()) - 301)}, body, keys)
+    assert not is_fals(headers, body, [{"x": base64.urlsafe_b64encode(bytes(31) + b"\x01").decode().rstrip("=")}])
+
+
+def test_a_full_disk_is_said_and_leaves_no_trace(server):
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("this system cannot limit what another process writes")
+
+    @contextlib.contextmanager
+    def full(process):
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, hard))
+        yield
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+    server.run(FLASH)
+    before = pictures(server)
+    with full(worker_of(server)):
+        failed = server.run(FLASH)
+        assert failed.status_code == 500 and failed.json()["error_type"] == "storage_failed"
+        assert server.run(FLASH, sync_mode=True).status_code == 200, "of which nothing is written"
+    with full(server.process):
+        for answer in (
+            server.client.post(f"/queue/{FLASH}", json=SMALL),
+            server.client.post("/files/upload", content=some_png(), headers={"Content-Type": "image/png"}),
+        ):
+            assert answer.status_code == 500 and answer.json()["error_type"] == "storage_failed"
+        assert server.client.get("/ready").status_code == 200
+    assert pictures(server) == before
+    assert server.run(FLASH).status_code == 200
+
+
 def test_what_is_old_is_removed(start):
     server = start("--keep", "4s")
     server.wait_ready()
+    assert server.client.post("/files/upload", content=some_png(), headers={"Content-Type": "image/png"}).is_success
     job = server.submit(FLASH)
-    assert server.result(job).status_code == 200 and len(pictures(server)) == 1
+    assert server.result(job).status_code == 200
     server.until(lambda: not pictures(server), 30)
     assert server.client.get(f"/queue/{FLASH}/requests/{job['request_id']}").status_code == 404
     assert server.client.get("/api/history").json()["requests"] == []

@@ -13,7 +13,7 @@ from harness import EDIT, FLASH, LONG, STANDARD, TURBO
 
 POLLERS = 200
 POLL_SECONDS = 0.5  # fal's JavaScript client
-MEASURE_SECONDS = 8
+MEASURE_SECONDS = 6
 WORST = 0.100
 
 
@@ -62,7 +62,7 @@ def test_two_hundred_pollers_are_answered_at_once_while_it_generates(server):
           f"the machine alone is {p99(late) * 1e3:.1f} ms late")  # fmt: skip
     if p99(late) > WORST / 5:
         pytest.skip(f"the machine is too busy to measure: it is itself {p99(late) * 1e3:.0f} ms late")
-    assert len(times) >= POLLERS * 10 and p99(times) < WORST
+    assert len(times) >= POLLERS * 8 and p99(times) < WORST
 
 
 BODIES = [
@@ -84,6 +84,8 @@ PLACES = [
     f"/queue/{STANDARD}",
     f"/queue/{EDIT}",
     f"/{FLASH}/stream",
+    "/storage/upload/initiate",
+    "/files/upload",
 ]
 TAILS = ("", "/status", "/status/stream")
 CALLS = [
@@ -93,6 +95,7 @@ CALLS = [
     *(("GET", f"/files/{name}", b"") for name in ("x", "%2e%2e%2fqueue.sqlite", "%00", "a" * 5000)),
     *((method, path, b"x") for method, path in itertools.product(("PUT", "PATCH", "DELETE", "TRACE"), ("/", *PLACES))),
     ("GET", "/api/history?limit=0", b""), ("GET", "/api/history?before=nan", b""), ("GET", "/api/history?before=-inf", b""),
+    ("PUT", "/storage/upload/x", b"x"), ("POST", "/storage/upload/initiate-multipart", b"{}"),
     ("POST", "/api/fal/proxy", b"x"), ("DELETE", "/api/history/x", b""), ("GET", "/api/openapi/queue/openapi.json", b""),
 ]  # fmt: skip
 
@@ -113,8 +116,9 @@ def test_a_thousand_bad_requests_break_nothing(server):
         return statuses
 
     send(len(CALLS))
-    before = process.memory_info().rss
+    before, start = process.memory_info().rss, time.monotonic()
     assert send(1000) >= {400, 404, 405, 422}
+    assert time.monotonic() - start < 20, "40 ms each is an answer whose body waits for its head's acknowledgement"
     assert process.memory_info().rss - before < 8 * 2**20
     assert server.run(FLASH).status_code == 200
 
@@ -192,4 +196,4 @@ def test_every_call_keeps_to_the_schema(frozen_schema):
 
         check()
         calls += 1
-    assert calls == 36
+    assert calls == sum(len(operations) for operations in frozen_schema.raw_schema["paths"].values())

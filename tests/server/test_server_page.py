@@ -45,6 +45,7 @@ def test_typing_a_prompt_shows_previews_and_the_picture(page, server):
     preview = page.wait_for_selector("#preview")
     assert preview.get_attribute("src").startswith("data:image/jpeg")
     assert re.search(r"step \d+ of 12|waiting|encode|denoise", page.inner_text("#stage"))
+    page.wait_for_function("document.title.includes('/12 ')")
     picture = page.wait_for_selector("img.finished")
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
     assert picture.get_attribute("alt") == "a lighthouse at dusk"
@@ -117,11 +118,22 @@ def test_editing_takes_a_picture(page, server, tmp_path):
     page.fill("#prompt", "make it winter")
     page.select_option("#image_size", "square")
     page.fill("#num_inference_steps", "4")
+    (tmp_path / "notes.png").write_text("no picture")
+    page.set_input_files("#image_urls", tmp_path / "notes.png")
+    page.wait_for_selector("#image_urls-problem:not([hidden])")
+    assert "notes.png" in page.inner_text("#image_urls-problem")
     page.set_input_files("#image_urls", tmp_path / "in.png")
     page.wait_for_selector(".thumbs img")
+    page.click("#code summary")
+    assert f"{server.url}/files/" in page.inner_text("#snippet"), "code that runs as it stands"
     page.click("#generate")
     page.wait_for_selector("img.finished")
-    assert server.client.get("/api/history?limit=1").json()["requests"][0]["endpoint"] == EDIT
+    entry = server.client.get("/api/history?limit=1").json()["requests"][0]
+    assert entry["endpoint"] == EDIT
+    choose(page, "Flux 2")
+    page.locator("#entries li").first.get_by_role("button", name="Edit", exact=True).click()
+    made = page.locator(".thumbs img").get_attribute("src")
+    assert page.input_value("#prompt") == "" and entry["output"]["images"][0]["url"].endswith(made)
 
 
 def test_it_fits_a_phone_and_can_be_walked_by_keyboard(browser, server):
@@ -141,6 +153,18 @@ def test_it_fits_a_phone_and_can_be_walked_by_keyboard(browser, server):
         page.evaluate("JSON.stringify([...document.querySelectorAll('#fields [name]')].map(f => f.name))")
     )
     assert set(fields) <= reached and "generate" in reached
+    page.fill("#prompt", "a boat")
+    page.get_by_role("tab", name="Flux 2", exact=True).click()
+    page.fill("#num_inference_steps", "50")
+    page.click("#generate")
+    page.wait_for_selector("#preview")
+    page.wait_for_function("document.getElementById('preview').getBoundingClientRect().top < 300")
+    top, bottom = page.evaluate(
+        "(({top, bottom}) => [top, bottom])(document.getElementById('cancel').getBoundingClientRect())"
+    )
+    assert top >= 0 and bottom <= 740, "picture and Cancel are in sight at once"
+    page.click("#cancel")
+    page.wait_for_selector("#error:text-is('Cancelled.')")
     page.context.close()
 
 

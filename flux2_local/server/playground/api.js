@@ -17,8 +17,9 @@ export function askKey() {
 }
 
 export async function call(method, path, body, signal) {
-  const init = { method, signal, headers: headers(body ? { "Content-Type": "application/json" } : {}) };
-  if (body) init.body = JSON.stringify(body);
+  const type = body instanceof Blob ? body.type : "application/json";
+  const init = { method, signal, headers: headers(body ? { "Content-Type": type } : {}) };
+  if (body) init.body = body instanceof Blob ? body : JSON.stringify(body);
   const answer = await fetch(path, init);
   if (answer.status !== 401) return answer;
   await askKey();
@@ -40,6 +41,11 @@ export class Problem extends Error {
     this.fields = Object.fromEntries(list.map((d) => [d.loc[1], d.msg]));
     this.type = data?.error_type;
   }
+}
+
+/** Send a picture ahead; resolves to its address. */
+export async function upload(file) {
+  return (await json("POST", "/files/upload", file)).access_url;
 }
 
 /** Generate; `onEvent` gets every step, `onStart` the request's id. Resolves to the output. */

@@ -6,6 +6,9 @@ import { byId, make } from "./dom.js";
 import { buildForm, values } from "./form.js";
 import { refresh } from "./history.js";
 
+const TITLE = document.title;
+const NARROW = matchMedia("(max-width: 859px)");
+
 const state = { info: null, endpoint: null, fields: {}, language: "cURL", running: null };
 
 async function start() {
@@ -21,7 +24,7 @@ async function start() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
     if (event.key === "Escape") cancel();
   });
-  await refresh(useAgain);
+  await refresh({ onUse: useAgain, onEdit: edit });
   await watchServer();
 }
 
@@ -66,6 +69,10 @@ function useAgain(entry) {
   byId("prompt").scrollIntoView({ block: "center" });
 }
 
+function edit(url) {
+  useAgain({ endpoint: state.info.endpoints.find((e) => e.edits).name, arguments: { image_urls: [url] } });
+}
+
 function complain(problems) {
   for (const [name, field] of Object.entries(state.fields)) field.problem(problems[name]);
 }
@@ -73,8 +80,9 @@ function complain(problems) {
 async function run() {
   if (state.running) return;
   const started = performance.now();
-  state.running = { abort: new AbortController(), request: null };
+  state.running = { abort: new AbortController(), request: null, first: null, left: "" };
   busy(true);
+  reveal();
   complain({});
   byId("error").hidden = byId("facts").hidden = true;
   const clock = setInterval(() => tick(started), 100);
@@ -85,7 +93,8 @@ async function run() {
       onEvent: drawStep,
     });
     drawOutput(output);
-    await refresh(useAgain);
+    byId("said").textContent = "Done.";
+    await refresh({ onUse: useAgain, onEdit: edit });
   } catch (error) {
     drawError(error);
   } finally {
@@ -95,16 +104,36 @@ async function run() {
   }
 }
 
+/** Where the result stands below the form, bring it into sight. */
+function reveal() {
+  if (NARROW.matches) byId("answer").scrollIntoView({ behavior: "smooth" });
+}
+
 function busy(yes) {
   byId("generate").disabled = yes;
   byId("cancel").disabled = !yes;
   byId("progress").hidden = !yes;
   byId("answer").setAttribute("aria-busy", yes);
-  if (yes) { byId("bar").removeAttribute("value"); state.words = "sending"; }
+  byId("hello").hidden = yes || byId("pictures").children.length > 0;
+  document.title = TITLE;
+  if (yes) {
+    byId("bar").removeAttribute("value");
+    byId("said").textContent = "Generating.";
+    state.words = "sending";
+  }
 }
 
 function tick(started) {
-  byId("stage").textContent = `${state.words} · ${((performance.now() - started) / 1000).toFixed(1)} s`;
+  byId("stage").textContent = `${state.words} · ${((performance.now() - started) / 1000).toFixed(1)} s${state.running.left}`;
+}
+
+/** The time that the steps to come take, if they take what those before took. */
+function drawRemaining({ step, total }) {
+  const { running } = state;
+  const now = performance.now();
+  running.first ??= { step, at: now };
+  const done = step - running.first.step;
+  running.left = done ? `, about ${Math.ceil(((now - running.first.at) / done) * (total - step) / 1000)} s left` : "";
 }
 
 function drawStep(event) {
@@ -114,11 +143,15 @@ function drawStep(event) {
     byId("bar").max = event.total;
     byId("bar").value = event.step;
     state.words = `step ${event.step} of ${event.total}`;
+    document.title = `${event.step}/${event.total} · ${TITLE}`;
+    drawRemaining(event);
   } else {
+    state.running.left = "";
     state.words = event.stage ?? event.logs.at(-1)?.message ?? "starting";
   }
   if (event.images) {
-    byId("pictures").replaceChildren(make("figure", {}, make("img", { src: event.images[0].url, alt: "preview", id: "preview" })));
+    const onload = byId("preview") ? null : reveal;
+    byId("pictures").replaceChildren(make("figure", {}, make("img", { src: event.images[0].url, alt: "preview", id: "preview", onload })));
   }
 }
 
@@ -139,6 +172,7 @@ function drawOutput(output) {
 function drawError(error) {
   byId("pictures").replaceChildren();
   byId("error").hidden = false;
+  byId("said").textContent = "";
   byId("error").textContent = error.type === "client_cancelled" || error.name === "AbortError" ? "Cancelled." : error.message;
   if (error instanceof Problem) complain(error.fields);
 }
@@ -179,7 +213,8 @@ function drawPlan() {
   byId("description").textContent = description;
   const steps = byId("num_inference_steps");
   if (steps && plan?.steps) steps.placeholder = plan.steps;
-  byId("plan-text").textContent = plan?.plan ?? plan?.error ?? "The model is still being loaded.";
+  const words = plan?.plan ?? plan?.error ?? "The model is still being loaded.";
+  if (byId("plan-text").textContent !== words) byId("plan-text").textContent = words;
 }
 
 async function watchServer() {

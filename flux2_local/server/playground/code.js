@@ -2,13 +2,8 @@
 
 export const LANGUAGES = { cURL: curl, Python: python, JavaScript: javascript };
 
-function shown(body) {
-  const short = (value) => (typeof value === "string" && value.startsWith("data:") ? `${value.slice(0, 40)}…` : value);
-  return Object.fromEntries(Object.entries(body).map(([k, v]) => [k, Array.isArray(v) ? v.map(short) : v]));
-}
-
 function curl(endpoint, body) {
-  const text = JSON.stringify(shown(body), null, 2).replaceAll("'", "'\\''");
+  const text = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
   return `curl ${location.origin}/${endpoint} \\
   --header "Authorization: Key $FAL_KEY" \\
   --header "Content-Type: application/json" \\
@@ -39,13 +34,13 @@ fal.RUN_URL_FORMAT, fal.QUEUE_URL_FORMAT = "${location.origin}/", "${location.or
 
 result = fal_client.subscribe(
     "${endpoint}",
-    arguments=${literal(shown(body))},
+    arguments=${literal(body)},
 )
 print(result["images"][0]["url"])`;
 }
 
 function javascript(endpoint, body) {
-  const text = JSON.stringify(shown(body), null, 2).replaceAll("\n", "\n  ");
+  const text = JSON.stringify(body, null, 2).replaceAll("\n", "\n  ");
   return `import { fal } from "@fal-ai/client";
 
 fal.config({ proxyUrl: { url: "${location.origin}/api/fal/proxy", when: "always" } });

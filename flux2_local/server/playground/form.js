@@ -1,6 +1,6 @@
 // A form made from an endpoint's JSON schema: one control per parameter, with its range.
 
-import { local } from "./api.js";
+import { local, upload } from "./api.js";
 import { make } from "./dom.js";
 
 const SMALL = 200; // numbers whose range is at most this wide get a slider
@@ -48,7 +48,8 @@ function control(name, schema, context) {
 
 function frame(name, schema, range, ...inner) {
   const problem = make("p", { className: "problem", id: `${name}-problem`, hidden: true });
-  const label = make("label", { htmlFor: name }, name, range ? make("span", { className: "range" }, ` ${range}`) : null);
+  const words = name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+  const label = make("label", { htmlFor: name, title: name }, words, range ? make("span", { className: "range" }, ` ${range}`) : null);
   const hint = schema.description ? make("p", { className: "hint", id: `${name}-hint` }, schema.description) : null;
   const element = make("div", { className: "field" }, label, ...inner, problem, hint);
   return { element, problem: (words) => show(element, problem, words) };
@@ -64,8 +65,10 @@ function text(name, schema, context) {
   const input = make("textarea", {
     id: name, name, rows: 5, required: context.required, placeholder: schema.examples?.[0], "aria-describedby": `${name}-problem`,
   });
+  const made = frame(name, { ...schema, description: "" }, null, input);
+  made.element.classList.add("wide");
   return {
-    ...frame(name, { ...schema, description: "" }, null, input),
+    ...made,
     get: () => (input.value === "" ? undefined : input.value),
     set: (value) => { input.value = value ?? ""; },
   };
@@ -86,7 +89,7 @@ function checkbox(name, schema) {
 
 function choice(name, schema) {
   const fallback = schema.default ?? "";
-  const empty = schema.default ? [] : [make("option", { value: "" }, "as the server was started")];
+  const empty = schema.default ? [] : [make("option", { value: "" }, "the server's own")];
   const input = make("select", { id: name, name, "aria-describedby": `${name}-hint` },
     ...empty, ...schema.enum.map((value) => make("option", { value }, value)));
   input.value = fallback;
@@ -163,22 +166,21 @@ function pictures(name, schema, context) {
     )));
   };
   const change = (next) => { urls = next.slice(0, schema.maxItems); draw(); context.onChange(); };
-  const read = (file) => new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = reject;
-    reader.readAsDataURL(file);
-  });
   input.addEventListener("change", async () => {
-    change([...urls, ...(await Promise.all([...input.files].map(read)))]);
+    made.problem();
+    for (const file of input.files) {
+      await upload(file).then((url) => change([...urls, url]), (error) => made.problem(`${file.name}: ${error.message}`));
+    }
     input.value = "";
   });
   address.addEventListener("change", () => {
     if (address.value) change([...urls, address.value]);
     address.value = "";
   });
+  const made = frame(name, schema, `${schema.minItems} to ${schema.maxItems} pictures`, input, address, list);
+  made.element.classList.add("wide");
   return {
-    ...frame(name, schema, `${schema.minItems} to ${schema.maxItems} pictures`, input, address, list),
+    ...made,
     get: () => (urls.length ? urls : undefined),
     set: (value) => { urls = value ?? []; draw(); },
   };
