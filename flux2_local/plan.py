@@ -19,7 +19,7 @@ from .model import kernels
 from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
 
-Placement = Literal["resident", "staged"]
+Placement = Literal["resident", "staged", "streamed"]
 SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
 """Bytes left to the CUDA context or to the operating system."""
 
@@ -39,12 +39,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """How one network is held: its weights' format (a compute type, or one of :mod:`flux2_local.quant`), where they stay,
-    and the layers that are kept in the compute type although the format would cover them."""
+    """How one network is held.
+
+    Attributes:
+        format: its weights' format, a compute type or one of :mod:`flux2_local.quant`.
+        placement: where they are while it works and while it does not.
+        keep: layers that are kept in the compute type although the format would cover them.
+        stay: of a streamed network, numbers of the blocks that stay on the device while it works.
+        mapped: of a streamed network, whether the other blocks come from their files rather than from host memory.
+    """
 
     format: str
     placement: Placement
     keep: tuple[str, ...] = ()
+    stay: tuple[int, ...] = ()
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
