@@ -19,6 +19,7 @@ from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.language import LanguageConfig, LanguageModel
+from .model.meta import meta
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import Hold, adapt, place
@@ -84,7 +85,7 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         WeightsDamagedError: a file is unreadable or does not fit.
     """
     arch, device = architecture(checkpoint), torch_device(hardware)
-    with torch.device("meta"):
+    with meta():
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
     notes = (
@@ -184,7 +185,7 @@ def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> O
 
 def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:
     """The checkpoint's autoencoder, on the host."""
-    with torch.device("meta"):
+    with meta():
         vae = Autoencoder(AutoencoderConfig.from_dict(checkpoint.config("vae")))
     folder = checkpoint.folder / "vae"
     files = weights.read_files(weights.weight_files(folder))

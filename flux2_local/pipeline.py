@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
+from .candidates import Need
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, PlanError, RequestError
 from .hardware import Hardware, from_preset, probe
-from .plan import Need, Plan, built, make_plan
+from .plan import Plan, built, make_plan
 from .presets import devices, parse_bytes, tiers
 from .progress import CancelCheck, OnProgress, Progress, Reporter
 from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, derive_seed, make_request
@@ -161,10 +162,11 @@ class Flux2:
         else:
             fields = {"prompt": prompt, **fields}
         request = make_request(self.settings.variant, fields).seeded()
-        plan = self._plan_for(request)
+        references = images.references(request.images)
+        plan = self._plan_for(request, references)
         if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
             self._checker = safety.make_checker()
-        run = Run(self, plan, request, Reporter(progress, cancel))
+        run = Run(self, plan, request, references, Reporter(progress, cancel))
         try:
             with self._turn:
                 run.notes += self._adopt(plan)
@@ -218,18 +220,20 @@ class Flux2:
             with self._turn:
                 self._components = forgetting(self._components)
 
-    def _plan_for(self, request: Request) -> Plan:
-        """How this request runs: its size and acceleration may ask for more than the weights were loaded for.
+    def _plan_for(self, request: Request, references: list[Image.Image]) -> Plan:
+        """How this request runs: its size, references and acceleration may ask for more than the weights were loaded for.
 
         Raises:
             BudgetError: it does not fit.
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
-        return self.settings.plan(need, self.hardware)
+        sizes = tuple(images.reference_size(*picture.size, need.arch.multiple) for picture in references)
+        return self.settings.plan(replace(need, work=replace(need.work, references=sizes)), self.hardware)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
         if built(plan) == built(self.plan):
+            load.settle(self._components, plan)
             return []
         before, self.plan = self.plan, plan
         del self._components  # the old weights leave before the new ones come
@@ -243,7 +247,9 @@ class Flux2:
         arch = load.architecture(self.checkpoint)
         steps = self.steps(request)
         tier = tiers()[acceleration]
-        return Need(self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps))
+        return Need(
+            self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps, request.num_images)
+        )
 
     def steps(self, request: Request) -> int:
         """Denoising steps of a request: its own number, or the variant's."""
@@ -369,6 +375,7 @@ class Run:
     flux: Flux2
     plan: Plan
     request: Request
+    pictures: list[Image.Image]
     report: Reporter
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -376,10 +383,9 @@ class Run:
     def result(self) -> Result:
         """All stages in order."""
         request, c = self.request, self.flux._components
-        references = images.references(request.images)
         prompt = self.expand() if request.enable_prompt_expansion else request.prompt
         text, negative = self.encode(prompt)
-        latents = self.references(references) if references else []
+        latents = self.references(self.pictures) if self.pictures else []
         pictures = []
         for number in range(request.num_images):
             tokens, grid = self.denoise(number, text, negative, latents)

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from flux2_local import Flux2
+from flux2_local import Flux2, costs, footprint
+from flux2_local.explore import family_architecture
 from flux2_local.offload import streamed
 from flux2_local.offload.simulated import SimulatedLink, VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed, hung
+from flux2_local.presets import models
 
 FIELDS = {"image_size": "square", "seed": 3, "num_inference_steps": 4, "enable_safety_checker": False}
-BLOCKS, LAYERS = 5, 30
-"""Of the small random dev model: 2 double and 3 single blocks, 30 layers that are read."""
+LAYERS = 30
+"""Of the small random models' text encoders, as many as are read."""
 
 
 def pixels(flux):
@@ -52,7 +54,9 @@ def test_pixels_are_those_of_a_resident_model_whatever_stays(dev_folder, expecte
 
 
 def test_the_bundled_models_pixels_with_steps_skipped(tiny):
-    wanted = np.asarray(tiny.generate("a red boat", num_inference_steps=10, image_size="square", seed=1).images[0].image)
+    wanted = np.asarray(
+        tiny.generate("a red boat", num_inference_steps=10, image_size="square", seed=1).images[0].image
+    )
     assert tiny.plan.cache is not None
     for stay in ((), (0, 3)):
         flux, _ = streaming("tiny", stay)
@@ -60,10 +64,10 @@ def test_the_bundled_models_pixels_with_steps_skipped(tiny):
         assert np.array_equal(np.asarray(got.images[0].image), wanted)
 
 
-@pytest.mark.parametrize("format", ["builtin-int8", "builtin-int4", "torchao-int8", "quanto-int8"])
-def test_quantized_weights_stream(dev_folder, format):
-    wanted = pixels(Flux2.load(dev_folder, quantize=format))
-    flux, _ = streaming(dev_folder, (0, 2), quantize=format)
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-int4", "torchao-int8", "quanto-int8"])
+def test_quantized_weights_stream(dev_folder, name):
+    wanted = pixels(Flux2.load(dev_folder, quantize=name))
+    flux, _ = streaming(dev_folder, (0, 2), quantize=name)
     assert np.array_equal(pixels(flux), wanted)
 
 
@@ -119,14 +123,15 @@ def test_streaming_again_and_again_keeps_no_tensor(dev_folder):
 
     hold, mod = flux._components.hold_transformer, flux._components.transformer
     counts = []
-    for _ in range(50):
+    for turn in range(50):
         with hold(), torch.inference_mode():
             mod.modulation(torch.tensor(0.5), 2.5)
-        counts.append(alive())
+        if turn in (1, 49):
+            counts.append(alive())
     pixels(flux)
     first = alive()
     pixels(flux)
-    assert len(set(counts[1:])) == 1 and alive() == first
+    assert len(set(counts)) == 1 and alive() == first
 
 
 def test_weights_of_any_layout_survive_packing():
@@ -188,3 +193,34 @@ def test_copies_run_while_blocks_compute():
                 virtual.now = virtual._free = 0.0
     assert virtual.now == pytest.approx(0.016 + 10 * 0.02, rel=0.02)
     assert virtual.now * 0.98 < min(taken) < 0.75 * (0.16 + 0.2)
+
+
+@pytest.mark.parametrize("name", ["dev", "klein-9b", "klein-4b"])
+@pytest.mark.parametrize("balance", [0.5, 0.9, 1.0, 1.2, 3.0])
+def test_the_schedule_takes_the_seconds_that_the_cost_model_says(name, balance):
+    """At full size, for all shares of blocks that stay; ``balance``: copying all blocks takes so many times the computing."""
+    sizes = footprint.weights(family_architecture(models()[name]), "transformer", "bfloat16", None).blocks
+    compute, passes = 1.0, 6
+    rate = sum(sizes) / (balance * compute)
+    for share in range(0, 65, 4):
+        stay = costs.blocks_that_stay(sizes, max(sizes) * share / 64)
+        link = VirtualLink(rate)
+        network, hold = timed(sizes, compute / len(sizes), link, stay)
+        ends = []
+        with hold():
+            for _ in range(passes):
+                for layer in network.layers:
+                    layer()
+                ends.append(link.now)
+        first, step = costs.stream_seconds(compute, sizes, stay, rate, streamed.RING)
+        assert (ends[-1] - ends[0]) / (passes - 1) == pytest.approx(step, rel=0.05), (share, len(stay))
+        assert ends[0] == pytest.approx(first, rel=0.05), (share, len(stay))
+        moving = sum(size for number, size in enumerate(sizes) if number not in stay)
+        assert 0.999 * max(compute, moving / rate) <= step <= 1.2 * max(compute, moving / rate), (share, len(stay))
+
+
+def test_blocks_that_stay_range_from_none_to_all():
+    sizes = (200, 200, *[100] * 10)
+    assert costs.blocks_that_stay(sizes, 200) == () and costs.blocks_that_stay(sizes, 0) == tuple(range(12))
+    counts = [len(costs.blocks_that_stay(sizes, pace)) for pace in range(0, 201, 10)]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 6
