@@ -1,7 +1,7 @@
-"""Bytes and FLOPs of every component and stage, from the architecture alone.
+"""Parameters and FLOPs of every component and stage, from the architecture alone, and the seconds that streaming takes.
 
-Parameter counts are exact: the modules are built on the meta device and counted. Activations are counted from the largest
-tensors alive at once in :mod:`flux2_local.model`. A FLOP is one multiplication or one addition.
+Parameter counts are exact: the modules are built on the meta device and counted. A FLOP is one multiplication or one addition.
+Bytes are in :mod:`flux2_local.footprint`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from .model.autoencoder import Autoencoder, AutoencoderConfig
-from .model.blocks import block_linears
 from .model.language import LanguageConfig, LanguageModel
+from .model.meta import meta
 from .model.transformer import Flux2Transformer, TransformerConfig
 
 if TYPE_CHECKING:
@@ -56,13 +55,22 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Work:
-    """One request's size: pixels, steps, how many pictures at once, and tokens of reference pictures."""
+    """One request's size.
+
+    Attributes:
+        width, height: pixels.
+        steps: of denoising.
+        images: pictures, made one after another but for ``batch`` of them at once.
+        batch: pictures denoised together.
+        references: width and height in pixels of each reference picture, as the autoencoder gets it.
+    """
 
     width: int = 1024
     height: int = 768
     steps: int = 28
+    images: int = 1
     batch: int = 1
-    reference_tokens: int = 0
+    references: tuple[tuple[int, int], ...] = ()
 
 
 def count(module: nn.Module) -> int:
@@ -70,54 +78,44 @@ def count(module: nn.Module) -> int:
 
 
 @cache
-def parameters(arch: Architecture) -> dict[str, int]:
-    """Values in each component as it is loaded (the text encoder cut to the layers that are read)."""
-    with torch.device("meta"):
-        return {
-            "transformer": count(Flux2Transformer(arch.transformer)),
-            "text_encoder": count(LanguageModel(arch.language, arch.text_layers)),
-            "vae": count(Autoencoder(arch.autoencoder)),
-        }
+def network(arch: Architecture, component: str) -> nn.Module:
+    """A network as it is loaded, on the meta device (the text encoder cut to the layers that are read); not to be changed."""
+    with meta():
+        if component == "transformer":
+            return Flux2Transformer(arch.transformer)
+        if component == "text_encoder":
+            return LanguageModel(arch.language, arch.text_layers)
+        return Autoencoder(arch.autoencoder)
 
 
 @cache
-def block_parameters(arch: Architecture) -> dict[str, int]:
-    """Weights in the block linears of each component: those that a format may hold in fewer bytes."""
-    with torch.device("meta"):
-        nets = {
-            "transformer": Flux2Transformer(arch.transformer),
-            "text_encoder": LanguageModel(arch.language, arch.text_layers),
-        }
-    return {name: sum(layer.weight.numel() for layer in block_linears(net).values()) for name, net in nets.items()}
+def parameters(arch: Architecture) -> dict[str, int]:
+    """Values in each component as it is loaded."""
+    return {name: count(network(arch, name)) for name in ("transformer", "text_encoder", "vae")}
 
 
-def weight_bytes(arch: Architecture, dtype: str, per_weight: float | None = None) -> dict[str, int]:
-    """Bytes of each component's weights in ``dtype``, with the block linears at ``per_weight`` bytes where that is given.
-
-    Layers that calibration keeps in ``dtype`` are counted as quantized: they are few.
-    """
-    blocks = {} if per_weight is None else block_parameters(arch)
-    saved = 0.0 if per_weight is None else WIDTH[dtype] - per_weight
-    return {name: int(n * WIDTH[dtype] - blocks.get(name, 0) * saved) for name, n in parameters(arch).items()}
+@cache
+def checkpoint_parameters(arch: Architecture) -> int:
+    """Values in a model's files, about: every layer of the text encoder and its output projection, whose weights may be shared
+    with the embedding's; not the vision tower of dev's."""
+    found, language = parameters(arch), arch.language
+    layer = (found["text_encoder"] - language.vocab_size * language.hidden_size) // max(arch.text_layers)
+    unread = language.num_hidden_layers - max(arch.text_layers)
+    return sum(found.values()) + unread * layer + language.vocab_size * language.hidden_size
 
 
 @cache
 def layer_parameters(arch: Architecture) -> dict[str, int]:
-    """Values in the transformer's repeated parts: one double block, one single block, and everything once per schedule."""
-    with torch.device("meta"):
-        net = Flux2Transformer(arch.transformer)
-    modulations = (net.double_stream_modulation_img, net.double_stream_modulation_txt, net.single_stream_modulation)
-    once = (net.time_guidance_embed, *modulations, net.norm_out)
-    return {
-        "double": count(net.transformer_blocks[0]) if len(net.transformer_blocks) else 0,
-        "single": count(net.single_transformer_blocks[0]) if len(net.single_transformer_blocks) else 0,
-        "schedule": sum(count(m) for m in once),
-    }
+    """Values in one double and one single block of the transformer."""
+    net = network(arch, "transformer")
+    lists = {"double": net.transformer_blocks, "single": net.single_transformer_blocks}
+    return {name: count(blocks[0]) if len(blocks) else 0 for name, blocks in lists.items()}  # type: ignore[arg-type, index]
 
 
 def step_flops(arch: Architecture, work: Work) -> float:
     """FLOPs of one denoising step: linear layers on image, reference and text tokens, and attention between all."""
-    t, image = arch.transformer, arch.tokens(work.width, work.height) + work.reference_tokens
+    t, image = arch.transformer, arch.tokens(work.width, work.height)
+    image += sum(arch.tokens(*size) for size in work.references)
     text = arch.text_tokens
     layers = layer_parameters(arch)
     double = t.num_layers * layers["double"] / 2 * (image + text)
@@ -144,32 +142,75 @@ def full_tokens(hardware: Hardware, dtype: str) -> int:
     return math.ceil(rate / hardware.memory_rate * WIDTH[dtype] / 2)
 
 
-@cache
 def decode_flops(arch: Architecture, width: int, height: int) -> float:
-    """FLOPs of decoding one picture, counted by running the decoder on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    m = arch.multiple
-    with torch.device("meta"):
-        net = Autoencoder(arch.autoencoder)
-        latents = torch.empty(1, net.bn.running_mean.numel(), -(-height // m), -(-width // m))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net.decode(latents)
-    return float(counter.get_total_flops())
-
-
-def step_activations(arch: Architecture, work: Work, dtype: str) -> int:
-    """Bytes alive at the widest point of a step: the residual stream, a block's packed projection (3 + 2·mlp widths), the
-    input of its output projection (1 + mlp) and q and k, for every token."""
-    t = arch.transformer
-    tokens = arch.tokens(work.width, work.height) + work.reference_tokens + arch.text_tokens
-    widths = 2 + 3 + 2 * t.mlp_ratio + 1 + t.mlp_ratio + 3
-    return int(tokens * widths * t.width * WIDTH[dtype] * work.batch)
+    """FLOPs of decoding one picture: convolutions, linear layers and the middle's attention."""
+    net = network(arch, "vae")
+    assert isinstance(net, Autoencoder)
+    sides = [
+        -(-n // arch.multiple) * side for n, side in zip((height, width), arch.autoencoder.patch_size, strict=True)
+    ]
+    places = sides[0] * sides[1]
+    decoder = net.decoder
+    values = places * (layer_values(decoder.conv_in) + layer_values(decoder.mid_block))
+    values += 0 if net.post_quant_conv is None else places * layer_values(net.post_quant_conv)
+    values += 2 * places**2 * sum(a.to_q.in_features for a in decoder.mid_block.attentions)  # type: ignore[operator, union-attr, misc]
+    for level in decoder.up_blocks:
+        values += places * layer_values(level.resnets)  # type: ignore[arg-type]
+        for upsampler in level.upsamplers:  # type: ignore[union-attr]
+            places *= 4
+            values += places * layer_values(upsampler)
+    return 2.0 * (values + places * layer_values(decoder.conv_out))
 
 
-def decode_activations(arch: Architecture, work: Work, dtype: str) -> int:
-    """Bytes alive at the widest point of decoding one picture: three tensors of the second-last level's channels at full
-    size (its upsampled input, the convolution's output and a normalised copy)."""
-    widths = tuple(reversed(arch.autoencoder.decoder_block_out_channels or arch.autoencoder.block_out_channels))
-    widest = widths[-2] if len(widths) > 1 else widths[-1]
-    return 3 * widest * work.width * work.height * WIDTH[dtype]
+def layer_values(module: nn.Module) -> int:
+    """Weights of its convolutions and linear layers: multiplications for each place of the result."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+
+
+def stream_seconds(
+    compute: float, sizes: tuple[int, ...], stay: tuple[int, ...], rate: float, ring: int, steps: int = 4
+) -> tuple[float, float]:
+    """Seconds of the first step, which brings the blocks that stay as well, and of every other one, on the average.
+
+    The schedule of :mod:`flux2_local.offload.streamed`, event by event: copies run one after another, each begins when a buffer
+    is free, and a block begins when the one before it is computed and its own copy has ended.
+
+    Args:
+        compute: seconds of a step with all weights at hand; each block takes the same share.
+        sizes: bytes of every block, in the order of the calls.
+        stay: numbers of those that come once.
+        rate: of copying, in bytes per second.
+        ring: buffers for the others.
+        steps: to go through.
+    """
+    kept, link, now, ends = set(stay), 0.0, 0.0, []
+    freed = [0.0] * ring  # when each buffer was last free, the next to be filled first
+    before = 0.0  # a copy is not begun before those of the blocks called earlier have begun
+    for step in range(steps):
+        for number, size in enumerate(sizes):
+            if number not in kept or step == 0:
+                before = max(before, freed.pop(0) if number not in kept else 0.0)
+                link = max(link, before) + size / rate
+                now = max(now, link)
+            now += compute / len(sizes)
+            if number not in kept:
+                freed.append(now)
+        ends.append(now)
+    return ends[0], (ends[-1] - ends[0]) / (steps - 1)
+
+
+def blocks_that_stay(sizes: tuple[int, ...], pace: float) -> tuple[int, ...]:
+    """Numbers of the blocks that stay where ``pace`` bytes per block are to be streamed, spread so that the link is busy evenly.
+
+    Args:
+        sizes: bytes of every block, in the order of the calls; each computes for about as long as the others.
+        pace: a block streams as soon as the bytes due so far reach its size. 0 keeps every block, the largest size none.
+    """
+    due, stay = 0.0, []
+    for number, size in enumerate(sizes):
+        due += pace
+        if due >= size:
+            due = min(due - size, max(sizes))
+        else:
+            stay.append(number)
+    return tuple(stay)

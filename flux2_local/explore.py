@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import attention, load, safety, store
+from .candidates import Need
 from .costs import Architecture, Work
 from .errors import BudgetError, Flux2Error, PlanError, WeightsMissingError
 from .hardware import Hardware, cpu_flags, package, probe
@@ -15,7 +16,7 @@ from .model.autoencoder import AutoencoderConfig
 from .model.language import LanguageConfig
 from .model.transformer import TransformerConfig
 from .pipeline import Settings, choose, find_hardware
-from .plan import Need, Plan, make_plan
+from .plan import Plan, make_plan
 from .presets import ModelPreset, families, models, show_bytes, tiers
 from .quant import FORMATS
 
@@ -69,7 +70,9 @@ def plan_for(
             raise
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
-    need = Need(name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps))
+    need = Need(
+        name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps, request.num_images)
+    )
     return settings.plan(need, hardware)
 
 

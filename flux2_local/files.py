@@ -13,6 +13,12 @@ from .errors import OutputError
 from .presets import show_bytes
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: ``name`` below ``XDG_CACHE_HOME``, else below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flux2-local" / name
+
+
 def check_folder(folder: Path, need: int, option: str = "-o") -> None:
     """Make ``folder`` and make sure that ``need`` bytes can be written there; ``option`` names another one.
 

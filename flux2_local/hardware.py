@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["cuda", "cpu", "mps"]
 
+DISK_RATE = 3e9
+"""Bytes/s read from an NVMe disk on four PCIe 3.0 lanes (3.9e9 in theory); assumed, not measured."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -35,7 +38,8 @@ class Hardware:
         fast_dtypes: types whose matrix products run at the device's full rate, fastest first.
         flops: FLOP/s of a large matrix product per dtype, where measured or known.
         memory_rate: bytes/s of device memory, read plus written.
-        link_rate: bytes/s from host to device.
+        link_rate: bytes/s from page-locked host memory to the device.
+        disk_rate: bytes/s of reading weights' files.
         measured: whether the rates were measured here.
     """
 
@@ -52,6 +56,7 @@ class Hardware:
     memory_rate: float
     link_rate: float
     measured: bool
+    disk_rate: float = DISK_RATE
 
     @property
     def described(self) -> bool:
@@ -142,7 +147,7 @@ def _probe_cpu() -> Hardware:
 
 def _host(rated: DevicePreset, device: str, free: int, fast: tuple[str, ...]) -> Hardware:
     cores = usable_cores()
-    rates = cpu_rates(cores, fast) if rated.kind == "cpu" else {fast[0]: rated.flops, "float32": rated.flops / 4}
+    rates = cpu_rates(cores, fast) if rated.kind == "cpu" else card_rates(rated.flops, fast)
     return Hardware(
         device=device,
         kind=rated.kind,
@@ -158,6 +163,11 @@ def _host(rated: DevicePreset, device: str, free: int, fast: tuple[str, ...]) ->
         link_rate=rated.link_rate,
         measured=False,
     )
+
+
+def card_rates(flops: float, fast: tuple[str, ...]) -> dict[str, float]:
+    """FLOP/s per dtype of a card that runs ``fast`` types at ``flops``: a quarter of it in others."""
+    return {**dict.fromkeys(fast, flops), "float32": flops / 4}
 
 
 def cpu_rates(cores: int, fast: tuple[str, ...]) -> dict[str, float]:
@@ -182,7 +192,8 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
     if name not in known:
         raise PlanError(f"{name!r} is neither a device of this machine nor a known one. Known: {', '.join(known)}.")
     row = known[name]
-    fast = ("float16",) if row.kind == "mps" else ("bfloat16", "float16") if row.kind == "cuda" else ("float32",)
+    modern = row.kind == "cuda" and (row.sm or 0) >= 80
+    fast = ("float32",) if row.kind == "cpu" else ("bfloat16", "float16") if modern else ("float16",)
     return Hardware(
         device=name,
         kind=row.kind,
@@ -193,7 +204,7 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
         cores=os.cpu_count() or 1,
         sm=row.sm,
         fast_dtypes=fast,
-        flops={fast[0]: row.flops, "float32": row.flops if row.kind == "cpu" else row.flops / 4},
+        flops={"float32": row.flops} if row.kind == "cpu" else card_rates(row.flops, fast),
         memory_rate=row.memory_rate,
         link_rate=row.link_rate,
         measured=False,

@@ -19,10 +19,11 @@ from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.language import LanguageConfig, LanguageModel
+from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
-from .offload import PLACEMENTS, Hold
+from .offload import Hold, adapt, place
 from .quant import convert, disk
 from .quant.recipe import Recipe
 from .text.encode import PromptStyle
@@ -86,7 +87,7 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         WeightsDamagedError: a file is unreadable or does not fit.
     """
     arch, device = architecture(checkpoint), torch_device(hardware)
-    with torch.device("meta"):
+    with meta():
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
     notes = (
@@ -99,9 +100,9 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)
-    placements = (plan.transformer.placement, plan.text_encoder.placement, plan.vae.placement)
+    held = (plan.transformer, plan.text_encoder, plan.vae)
     hold_transformer, hold_text_encoder, hold_vae = (
-        PLACEMENTS[p](n.eval(), device) for n, p in zip(networks, placements, strict=True)
+        place(n.eval(), device, h) for n, h in zip(networks, held, strict=True)
     )
     return Components(
         transformer=transformer,
@@ -115,6 +116,12 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         hold_vae=hold_vae,
         notes=tuple(note for note in notes if note),
     )
+
+
+def settle(components: Components, plan: Plan) -> None:
+    """Let as many blocks stay on the device as ``plan`` says, which may change from one request to the next."""
+    adapt(components.hold_transformer, plan.transformer)
+    adapt(components.hold_text_encoder, plan.text_encoder)
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> O
 
 def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:
     """The checkpoint's autoencoder, on the host."""
-    with torch.device("meta"):
+    with meta():
         vae = Autoencoder(AutoencoderConfig.from_dict(checkpoint.config("vae")))
     folder = checkpoint.folder / "vae"
     files = weights.read_files(weights.weight_files(folder))

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
+from .candidates import Need
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
-from .plan import Need, Plan, built, make_plan
+from .plan import Plan, built, make_plan
 from .presets import devices, parse_bytes, tiers
 from .progress import CancelCheck, OnProgress, Progress, Reporter
 from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
@@ -171,10 +172,11 @@ class Flux2:
             Flux2Error: as :meth:`generate`.
         """
         request = make_request(self.settings.variant, fields).seeded()
-        plan = self._plan_for(request)
+        references = images.references(request.images)
+        plan = self._plan_for(request, references)
         if request.enable_safety_checker and self.checkpoint.preset.harmless is None and self._checker is None:
             self._checker = safety.make_checker()
-        return Run(self, plan, request, report)
+        return Run(self, plan, request, references, report)
 
     def _work(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> list[Result]:
         """Take requests that run alike through the stages, when it is their turn.
@@ -232,18 +234,20 @@ class Flux2:
                 raise result
             yield result
 
-    def _plan_for(self, request: Request) -> Plan:
-        """How this request runs: its size and acceleration may ask for more than the weights were loaded for.
+    def _plan_for(self, request: Request, references: list[Image.Image]) -> Plan:
+        """How this request runs: its size, references and acceleration may ask for more than the weights were loaded for.
 
         Raises:
             BudgetError: it does not fit.
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
-        return self.settings.plan(need, self.hardware)
+        sizes = tuple(images.reference_size(*picture.size, need.arch.multiple) for picture in references)
+        return self.settings.plan(replace(need, work=replace(need.work, references=sizes)), self.hardware)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
         if built(plan) == built(self.plan):
+            load.settle(self._components, plan)
             return []
         before, self.plan = self.plan, plan
         del self._components  # the old weights leave before the new ones come
@@ -257,7 +261,9 @@ class Flux2:
         arch = load.architecture(self.checkpoint)
         steps = self.steps(request)
         tier = tiers()[acceleration]
-        return Need(self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps))
+        return Need(
+            self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps, request.num_images)
+        )
 
     def steps(self, request: Request) -> int:
         """Denoising steps of a request: its own number, or the variant's."""
@@ -383,6 +389,7 @@ class Run:
     flux: Flux2
     plan: Plan
     request: Request
+    references: list[Image.Image]
     report: Reporter
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -390,10 +397,9 @@ class Run:
 
     def prepare(self) -> None:
         """Everything before the first denoising step: ``prompt``, ``text``, ``negative`` and ``latents``."""
-        references = images.references(self.request.images)
         self.prompt = self.expand() if self.request.enable_prompt_expansion else self.request.prompt
         self.text, self.negative = self.encode(self.prompt)
-        self.latents = self.references(references) if references else []
+        self.latents = self.encoded(self.references) if self.references else []
 
     def result(self) -> Result:
         """The painted pictures, checked and encoded."""
@@ -454,7 +460,7 @@ class Run:
         guided = self.flux.checkpoint.preset.guidance == "cfg" and self.request.guidance_scale > 1
         return [encode.tokenize(c.tokenizer, [p], c.style) for p in ([prompt, ""] if guided else [prompt])]
 
-    def references(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
+    def encoded(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
         """Latents [1, C, h, w] of the reference pictures."""
         import torch
 

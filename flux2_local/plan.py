@@ -6,27 +6,20 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from flux2_kernels import Place, place_of
 
 from . import attention as attentions
 from . import costs, quant
-from .costs import Architecture, Work
+from .candidates import SYSTEM_RESERVE, Candidate, Draft, Need, Placement, Terms, layouts, least
+from .costs import Work
 from .errors import BudgetError
 from .hardware import Hardware
 from .model import kernels
 from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
-
-Placement = Literal["resident", "staged"]
-SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
-"""Bytes left to the CUDA context or to the operating system."""
-
-TILE = 512
-"""Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
-
 
 MOST_TOGETHER = 4
 """Pictures denoised together at most; what a batch gains is nearly all in the first few."""
@@ -44,12 +37,33 @@ class Choice:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """How one network is held: its weights' format (a compute type, or one of :mod:`flux2_local.quant`), where they stay,
-    and the layers that are kept in the compute type although the format would cover them."""
+    """How one network is held.
+
+    Attributes:
+        format: its weights' format, a compute type or one of :mod:`flux2_local.quant`.
+        placement: where they are while it works and while it does not.
+        keep: layers that are kept in the compute type although the format would cover them.
+        stay: of a streamed network, numbers of the blocks that stay on the device while it works.
+        mapped: of a streamed network, whether the other blocks come from their files rather than from host memory.
+    """
 
     format: str
     placement: Placement
     keep: tuple[str, ...] = ()
+    stay: tuple[int, ...] = ()
+    mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of holding the networks that was weighed: what it would take, and why it was taken or not."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,12 @@ class Plan:
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
-        load_seconds, encode_seconds, step_seconds, decode_seconds: predictions for ``work``.
-        peak_bytes: predicted peak of device memory.
+        encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first.
+        place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, and decoding.
+        peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
         work: the request that predictions are for.
         choices: every decision with its reason.
+        options: every way of holding the networks that was weighed, the quickest first.
     """
 
     model: str
@@ -92,36 +108,28 @@ class Plan:
     channels_last: bool
     fold_upsampling: bool
     encode_seconds: float
+    place_seconds: float
     step_seconds: float
     decode_seconds: float
     peak_bytes: int
+    host_bytes: int
+    disk_bytes: int
     work: Work
     choices: tuple[Choice, ...]
+    options: tuple[Option, ...]
 
     @property
     def seconds(self) -> float:
-        """Predicted seconds for one picture of ``work``, loading not included."""
-        return self.encode_seconds + self.work.steps * self.step_seconds + self.decode_seconds
+        """Predicted seconds for ``work``, loading not included."""
+        each = self.place_seconds + self.work.steps * self.step_seconds + self.decode_seconds
+        return self.encode_seconds + self.work.images * each
 
     def __str__(self) -> str:
         return explain(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
-        from dataclasses import asdict
-
         return {**asdict(self), "seconds": self.seconds}
-
-
-@dataclass(frozen=True)
-class Need:
-    """What is to be planned for: a model's architecture, a variant, a tier and a request's size."""
-
-    model: str
-    variant: Variant
-    tier: Tier
-    arch: Architecture
-    work: Work
 
 
 def make_plan(
@@ -149,62 +157,48 @@ def make_plan(
     kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
     attention_choice = choose_attention(need, hardware, dtype, attention)
     ops_choice = choose_ops(need, hardware, dtype)
-    limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    tiles = (0,) if need.tier.exact else (0, TILE)
-    wanted = formats(need.tier, hardware, dtype, quantize)
-    candidates = [
-        Candidate(need, dtype, form, placement, tile)
-        for form in wanted
-        for placement in placements(hardware)
-        for tile in tiles
-    ]
-    winner = next((c for c in candidates if c.peak <= limit), None)
-    if winner is None:
-        best = min(candidates, key=lambda c: c.peak)
-        smallest = best.peak + SYSTEM_RESERVE[hardware.kind]
-        raise BudgetError(
-            f"{need.model} at {need.work.width}×{need.work.height} needs at least {show_bytes(smallest)} of "
-            f"{'memory' if hardware.kind == 'cpu' else 'device memory'} on {hardware.name} in {best.format}, and "
-            f"{show_bytes(max(0, limit + SYSTEM_RESERVE[hardware.kind]))} may be used. Give it more (--vram), free some, or use "
-            f"a smaller model or picture.",
-            smallest,
-        )
-    rejected = tuple(
-        (c.name, f"needs {show_bytes(c.peak)}, {show_bytes(limit)} may be used")
-        for c in candidates[: candidates.index(winner)]
-    )
-    rate = hardware.flops.get(dtype, hardware.flops["float32"])
-    arch, work = need.arch, need.work
     cache_choice, cache = choose_cache(need)
-    batch_choice, winner = choose_batch(winner, hardware, limit)
-    held = ComponentPlan(dtype, winner.placement)
-    transformer, text_encoder = (component_plan(winner, name) for name in ("transformer", "text_encoder"))
+    limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
+    terms = Terms(need, hardware, dtype, limit, ops_choice.value == "triton", cache is not None)
+    wanted = formats(need.tier, hardware, dtype, quantize)
+    drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
+    candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
+    fitting = [c for c in candidates if not c.problem]
+    if not fitting:
+        raise does_not_fit(terms, min(drafts, key=least))
+    winner, reason = prefer(fitting, wanted, need)
+    verdicts = {c.name: c.problem or lost(c, winner, need) for c in candidates if c is not winner}
+    held = ComponentPlan(dtype, winner.layout.vae)
+    batch_choice, batch, peak = choose_batch(terms, winner)
     return Plan(
         model=need.model,
         variant=need.variant,
         acceleration=need.tier.name,
         device=hardware.device,
         dtype=dtype,
-        transformer=transformer,
-        text_encoder=text_encoder,
+        transformer=component_plan(winner, need.model, dtype, "transformer"),
+        text_encoder=component_plan(winner, need.model, dtype, "text_encoder"),
         vae=held,
         attention=attention_choice.value,
         ops=ops_choice.value,
         compile="off",
         cache=cache,
-        batch=winner.need.work.batch,
+        batch=batch,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
         fold_upsampling=folds(need.tier, hardware, dtype),
-        encode_seconds=costs.encode_flops(arch) / rate,
-        step_seconds=costs.step_flops(arch, work) / rate,
-        decode_seconds=costs.decode_flops(arch, work.width, work.height) / rate,
-        peak_bytes=winner.peak,
-        work=work,
+        encode_seconds=winner.seconds.encode,
+        place_seconds=winner.seconds.place,
+        step_seconds=winner.seconds.step,
+        decode_seconds=winner.seconds.decode,
+        peak_bytes=peak,
+        host_bytes=winner.host,
+        disk_bytes=winner.disk,
+        work=need.work,
         choices=(
             kind_choice,
-            choose_format(need.tier, wanted, winner, quantize),
-            Choice("placement", winner.name, winner.reason, rejected),
+            choose_format(need.tier, dtype, wanted, winner, quantize),
+            Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
             ops_choice,
             layout_choice(need.tier),
@@ -212,12 +206,73 @@ def make_plan(
             cache_choice,
             batch_choice,
         ),
+        options=tuple(option(c, need.work, verdicts.get(c.name, f"taken, {reason}")) for c in candidates),
+    )
+
+
+def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], need: Need) -> tuple[Candidate, str]:
+    """The candidate to take, and why.
+
+    The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
+    order of ``wanted`` (those measured faster here where the tier permits them, then the smallest loss) whose quickest candidate
+    takes no longer than the tier's patience times the quickest of all.
+
+    Args:
+        fitting: candidates that fit, the quickest first.
+        wanted: formats, most wanted first.
+        need: what is planned for.
+    """
+    tier, work = need.tier, need.work
+    faithful = [c for c in fitting if c.form is None or c.form.loss <= tier.loss] or fitting
+    quickest = faithful[0].seconds.total(work)
+    for form in wanted:
+        best = next((c for c in faithful if c.form is form), None)
+        if best is not None and best.seconds.total(work) <= tier.patience * quickest:
+            break
+    assert best is not None, "the quickest itself is within its own time"
+    if best is faithful[0]:
+        return best, "the fastest that fits" if best is fitting[
+            0
+        ] else "the fastest that fits with a loss that the tier allows"
+    return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
+
+
+def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
+    """Why a candidate that fits was not taken."""
+    seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
+    if candidate.form is not winner.form and candidate.form is not None and candidate.form.loss > need.tier.loss:
+        return f"layers' outputs {candidate.form.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
+    if seconds < best:
+        return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
+    return f"{seconds:.1f} s against {best:.1f} s"
+
+
+def option(candidate: Candidate, work: Work, verdict: str) -> Option:
+    seconds = candidate.seconds.total(work)
+    return Option(candidate.name, seconds, candidate.peak, candidate.host, candidate.disk, verdict)
+
+
+def does_not_fit(terms: Terms, smallest: Draft) -> BudgetError:
+    """The error that names the smallest budget that would do."""
+    need, hardware = terms.need, terms.hardware
+    reserve = SYSTEM_RESERVE[hardware.kind]
+    budget = least(smallest) + reserve
+    form = terms.dtype if smallest.form is None else smallest.form.name
+    if least(smallest) <= terms.limit:
+        problem = smallest.candidate().problem
+        return BudgetError(f"{need.model} does not fit on {hardware.name} in {form}: it {problem}.", budget)
+    return BudgetError(
+        f"{need.model} at {need.work.width}×{need.work.height} needs at least {show_bytes(budget)} of "
+        f"{'memory' if hardware.kind == 'cpu' else 'device memory'} on {hardware.name} in {form}, and "
+        f"{show_bytes(max(0, terms.limit + reserve))} may be used. Give it more (--vram), free some, or use a smaller model or "
+        f"picture.",
+        budget,
     )
 
 
 def built(plan: Plan) -> tuple[Any, ...]:
-    """The part of a plan that loading turns into weights and functions."""
-    networks = plan.transformer, plan.text_encoder, plan.vae
+    """The part of a plan that loading turns into weights and functions. Which blocks stay may change between requests."""
+    networks = (replace(held, stay=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
     convolutions = plan.channels_last, plan.fold_upsampling
     return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops
 
@@ -294,25 +349,30 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
     return Choice("step cache", "first block", reason), policy
 
 
-def choose_batch(winner: Candidate, hardware: Hardware, limit: int) -> tuple[Choice, Candidate]:
+def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
     """How many pictures are denoised together: as many as fill the device, within :data:`MOST_TOGETHER` and memory.
 
     Returns:
-        The choice, and ``winner`` with that many pictures in its work.
+        The choice, the number, and the peak of device memory with so many.
     """
-    need, work = winner.need, winner.need.work
+    need, work = terms.need, terms.need.work
     if need.tier.exact:
-        return Choice("batch", "1", "the exact tier denoises every picture by itself, as the reference does"), winner
-    tokens = need.arch.tokens(work.width, work.height) + work.reference_tokens + need.arch.text_tokens
-    full = costs.full_tokens(hardware, winner.dtype)
+        why = "the exact tier denoises every picture by itself, as the reference does"
+        return Choice("batch", "1", why), 1, winner.peak
+    sizes = ((work.width, work.height), *work.references)
+    tokens = sum(need.arch.tokens(*size) for size in sizes) + need.arch.text_tokens
+    full = costs.full_tokens(terms.hardware, terms.dtype)
     batch = min(MOST_TOGETHER, -(-full // tokens))
     if batch == 1:
-        return Choice("batch", "1", f"the {tokens} tokens of one picture fill the device, which takes {full}"), winner
+        why = f"the {tokens} tokens of one picture fill the device, which takes {full}"
+        return Choice("batch", "1", why), 1, winner.peak
     for count in range(batch, 1, -1):
-        several = replace(winner, need=replace(need, work=replace(work, batch=count)))
-        if several.peak <= limit:
-            return Choice("batch", str(count), f"one picture has {tokens} tokens and the device takes {full}"), several
-    return Choice("batch", "1", "there is no memory for more"), winner
+        together = replace(terms, need=replace(need, work=replace(work, batch=count)))
+        several = Draft(together, winner.form, winner.layout).candidate()
+        if not several.problem and (several.stay, several.tile) == (winner.stay, winner.tile):
+            why = f"one picture has {tokens} tokens and the device takes {full}"
+            return Choice("batch", str(count), why), count, several.peak
+    return Choice("batch", "1", "there is no memory for more"), 1, winner.peak
 
 
 def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Choice, str]:
@@ -323,12 +383,22 @@ def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Cho
     rejected: list[tuple[str, str]] = []
     for dtype in wanted:
         if dtype in hardware.fast_dtypes or dtype == wanted[-1]:
-            why = "what the exact tier runs in" if tier.exact else f"{hardware.name} runs it at full rate"
-            if dtype == "float32" and not tier.exact:
-                why = "the only type that this device runs well"
-            return Choice("dtype", dtype, why, tuple(rejected)), dtype
+            return Choice("dtype", dtype, dtype_reason(dtype, tier, hardware), tuple(rejected)), dtype
         rejected.append((dtype, f"{hardware.name} has no fast {dtype} matrix products"))
     raise AssertionError("a tier without dtypes")
+
+
+def dtype_reason(dtype: str, tier: Tier, hardware: Hardware) -> str:
+    if tier.exact:
+        return "what the exact tier runs in"
+    if dtype == "float32":
+        return "the only type that this device runs well"
+    if dtype in hardware.fast_dtypes:
+        return f"{hardware.name} runs it at full rate"
+    return (
+        f"the type that the models are published in; {hardware.name} has no fast {dtype} matrix products, and "
+        f"{' or '.join(hardware.fast_dtypes)}, which it runs at full rate, has a smaller range (--dtype insists on it)"
+    )
 
 
 def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[quant.Format | None, ...]:
@@ -346,83 +416,53 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
     return (*faster, None, *(f for f in usable if f not in faster))
 
 
-def choose_format(tier: Tier, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str) -> Choice:
+def choose_format(
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str
+) -> Choice:
     """Why the weights of the transformer and the text encoder are held as they are."""
     form = winner.form
     before = wanted[: wanted.index(form)]
-    rejected = tuple((winner.dtype if f is None else f.name, "does not fit in any placement") for f in before)
+    rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
     if form is None:
         why = "asked for" if asked == "none" else "the exact tier quantizes nothing" if tier.exact else "it fits"
-        return Choice("weights", winner.dtype, why, rejected)
+        return Choice("weights", dtype, why, rejected)
     cost = f"{form.weight_bytes:.2f} bytes a weight, layers' outputs about {form.loss:.1%} off"
     if asked != "auto":
         why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
     else:
-        why = "the smallest loss that fits" if None in before else "measured faster on this device"
+        why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
     return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else ""), rejected)
 
 
-def component_plan(winner: Candidate, component: str) -> ComponentPlan:
+def component_plan(winner: Candidate, model: str, dtype: str, component: str) -> ComponentPlan:
     """How the winner holds the transformer or the text encoder."""
+    placement = winner.layout.transformer if component == "transformer" else winner.layout.text_encoder
+    stay = winner.stay if component == "transformer" else ()
+    mapped = placement == "streamed" and component in winner.mapped
     if winner.form is None:
-        return ComponentPlan(winner.dtype, winner.placement)
-    recipe = quant.recipe_for(winner.form, winner.need.model, component)
-    return ComponentPlan(recipe.format, winner.placement, recipe.keep)
-
-
-def placements(hardware: Hardware) -> tuple[Placement, ...]:
-    """Candidate placements, fastest first. Where device and host share their memory, staging gains nothing."""
-    return ("resident", "staged") if hardware.kind == "cuda" else ("resident",)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way of holding the networks, with its peak of device memory."""
-
-    need: Need
-    dtype: str
-    form: quant.Format | None
-    placement: Placement
-    tile: int
-
-    @property
-    def format(self) -> str:
-        return self.dtype if self.form is None else self.form.name
-
-    @property
-    def name(self) -> str:
-        weights = "" if self.form is None else f"{self.format} weights, "
-        return f"{weights}{self.placement}, {f'decoded in {self.tile}-pixel tiles' if self.tile else 'decoded whole'}"
-
-    @property
-    def reason(self) -> str:
-        where = (
-            "everything stays on the device" if self.placement == "resident" else "one network at a time on the device"
-        )
-        return f"the fastest that fits: {where}, peak {show_bytes(self.peak)}"
-
-    @property
-    def peak(self) -> int:
-        arch = self.need.arch
-        held = costs.weight_bytes(arch, self.dtype, None if self.form is None else self.form.weight_bytes)
-        step = costs.step_activations(arch, self.need.work, self.dtype)
-        tiled = replace(self.need.work, width=self.tile, height=self.tile) if self.tile else self.need.work
-        decode = costs.decode_activations(arch, tiled, self.dtype)
-        if self.placement == "resident":
-            return sum(held.values()) + max(step, decode)
-        return max(held["text_encoder"], held["transformer"] + step, held["vae"] + decode)
+        return ComponentPlan(dtype, placement, stay=stay, mapped=mapped)
+    recipe = quant.recipe_for(winner.form, model, component)
+    return ComponentPlan(recipe.format, placement, recipe.keep, stay, mapped)
 
 
 def explain(plan: Plan) -> str:
     """The plan in words: what runs, each choice with its reason, and each candidate that lost."""
     work = plan.work
+    count = f"{work.images} × " if work.images > 1 else ""
     lines = [
         f"{plan.model}, {plan.variant}, acceleration {plan.acceleration}, on {plan.device}",
-        f"  predicted for {work.width}×{work.height}, {work.steps} steps: {plan.seconds:.1f} s "
-        f"(prompt {plan.encode_seconds:.2f}, steps {work.steps} × {plan.step_seconds:.3f}, decode {plan.decode_seconds:.2f}), "
-        f"peak {show_bytes(plan.peak_bytes)}",
+        f"  predicted for {count}{work.width}×{work.height}, {work.steps} steps: {plan.seconds:.1f} s "
+        f"(prompt {plan.encode_seconds:.2f}, placing {plan.place_seconds:.2f}, steps {work.steps} × {plan.step_seconds:.3f}, "
+        f"decode {plan.decode_seconds:.2f})",
+        f"  at most {show_bytes(plan.peak_bytes)} of device memory, {show_bytes(plan.host_bytes)} of host memory for weights, "
+        f"{show_bytes(plan.disk_bytes)} of disk",
     ]
     for choice in plan.choices:
         lines.append(f"  {choice.what}: {choice.value} — {choice.reason}")
-        lines += [f"    not {name}: {why}" for name, why in choice.rejected]
+        if choice.what != "placement":
+            lines += [f"    not {name}: {why}" for name, why in choice.rejected]
+    lines += ["  weighed, quickest first (seconds, device, host, disk):"]
+    for o in plan.options:
+        sizes = ", ".join(show_bytes(n) for n in (o.peak_bytes, o.host_bytes, o.disk_bytes))
+        lines.append(f"    {o.name}: {o.seconds:.1f} s, {sizes} — {o.verdict}")
     return "\n".join(lines)

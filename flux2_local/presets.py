@@ -105,7 +105,8 @@ class CachePolicy:
 @dataclass(frozen=True)
 class Tier:
     """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its calibrated step-cache policy; ``quantize``
-    permits formats that were measured faster than 16 bit even where memory does not call for them."""
+    permits formats that were measured faster than 16 bit even where memory does not call for them. ``loss`` and ``patience`` weigh
+    a format's loss against the seconds that it saves (:func:`flux2_local.plan.prefer`)."""
 
     name: Acceleration
     description: str
@@ -113,6 +114,8 @@ class Tier:
     dtypes: dict[str, tuple[str, ...]]
     cache: dict[str, CachePolicy]
     quantize: bool
+    loss: float
+    patience: float
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,8 @@ def tiers() -> dict[Acceleration, Tier]:
             dtypes={k: tuple(v) for k, v in row["dtypes"].items()},
             cache={k: CachePolicy(**v) for k, v in row.get("cache", {}).items()},
             quantize=row.get("quantize", False),
+            loss=row["loss"],
+            patience=row["patience"],
         )
         for name, row in _table("tiers").items()
     }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.errors import BudgetError
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
-from flux2_local.plan import Need, make_plan
+from flux2_local.plan import make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
 from flux2_local.request import Variant
 
@@ -38,7 +39,12 @@ def cell(device: str, model: str, variant: Variant) -> str:
     except BudgetError as error:
         return f"needs {show_bytes(error.smallest)}"
     seconds = f"{plan.seconds:.1f} s" if plan.seconds < 100 else f"{plan.seconds / 60:.0f} min"
-    how = "" if plan.transformer.placement == "resident" else ", staged"
+    placement = plan.text_encoder.placement if plan.transformer.placement == "resident" else plan.transformer.placement
+    how = {"resident": "", "staged": ", staged", "streamed": ", streamed"}[placement]
+    if plan.transformer.placement == "resident" and placement == "streamed":
+        how = ", text streamed"
+    if plan.transformer.mapped:
+        how += " from disk"
     form = "" if plan.transformer.format == plan.dtype else f", {plan.transformer.format.removeprefix('builtin-')}"
     return f"{seconds}, {show_bytes(plan.peak_bytes)}{form}{how}"
 

@@ -12,7 +12,7 @@ LAYERS = (
     ("explore", "download", "endpoints"),
     ("pipeline",),
     ("safety", "load", "many"),
-    ("sampler", "plan", "text", "lora", "store", "offload", "quant", "attention", "cache"),
+    ("sampler", "plan", "candidates", "footprint", "text", "lora", "store", "offload", "quant", "attention", "cache"),
     ("costs", "hardware", "schedule", "latents"),
     ("model",),
     ("weights", "result", "images", "files", "progress"),

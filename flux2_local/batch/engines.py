@@ -83,7 +83,7 @@ class ThisProcess:
 def batch_of(flux: Flux2, request: Request) -> int:
     """How many pictures like this one ``flux`` denoises together."""
     try:
-        return flux._plan_for(request).batch
+        return flux._plan_for(request, []).batch
     except PlanError:
         return 1
 

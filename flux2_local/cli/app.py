@@ -12,7 +12,7 @@ from . import batch, generate, inspect, serve
 
 EXIT_HELP = """
 Exit codes: 0 done, 1 a batch with failures, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5
-no safety classifier, 6 cannot write, 130 stopped.
+no safety classifier, 6 cannot write, 7 a backend, format or card that was named cannot be used, 130 stopped.
 """
 
 

@@ -10,6 +10,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.RequestError, 2),
     (errors.ModelError, 3),
     (errors.OutOfMemoryError, 4),
+    (errors.BackendUnavailableError, 7),
     (errors.PlanError, 4),
     (errors.SafetyUnavailableError, 5),
     (errors.OutputError, 6),

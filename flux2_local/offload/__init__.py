@@ -1,4 +1,4 @@
-"""Where a network's weights are while it works and while it does not. One file per placement, one table."""
+"""Where a network's weights are while it works and while it does not. One file per placement."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from . import resident, staged
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..plan import ComponentPlan
+
 Hold = Callable[[], AbstractContextManager[None]]
 """Entered around every use of a network: inside, its weights are on the device."""
 
-PLACEMENTS: dict[str, Callable[[nn.Module, torch.device], Hold]] = {
-    "resident": resident.hold,
-    "staged": staged.hold,
-}
+
+def place(network: nn.Module, device: torch.device, held: ComponentPlan) -> Hold:
+    """Put a loaded network where its plan says that it waits, and give the way to use it."""
+    from . import link, resident, staged, streamed
+
+    if held.placement == "streamed":
+        way = link.MappedLink(device) if held.mapped else link.PinnedLink(device)
+        return streamed.Streamed(network, way, held.stay)
+    return (resident if held.placement == "resident" else staged).hold(network, device)
+
+
+def adapt(hold: Hold, held: ComponentPlan) -> None:
+    """Let other blocks stay from the next use on, where the network streams."""
+    from .streamed import Streamed
+
+    if isinstance(hold, Streamed):
+        hold.stay = frozenset(held.stay)

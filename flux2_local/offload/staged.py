@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .tensors import hang, hung, moved
 
 
 def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
@@ -15,30 +16,17 @@ def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContex
 
     The host's tensors are kept, so leaving costs nothing but the release of memory.
     """
-    home: list[tuple[dict[str, Any], str, Tensor]] = [
-        (cast("dict[str, Any]", table), name, value)
-        for part in module.modules()
-        for table in (part._parameters, part._buffers)
-        for name, value in table.items()
-        if value is not None
-    ]
+    home = hung(module)
 
     @contextmanager
     def on_device() -> Iterator[None]:
-        for table, name, value in home:
-            table[name] = moved(value, device)
         try:
+            for place, value in home:
+                hang([(place, moved(value, device))])
             yield
         finally:
-            for table, name, value in home:
-                table[name] = value
+            hang(home)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     return on_device
-
-
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device``. Quantized weights are tensors around tensors, for which setting ``.data`` would not do."""
-    there = value.to(device)
-    return nn.Parameter(there, requires_grad=False) if isinstance(value, nn.Parameter) else there

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..errors import OutputError, WeightsDamagedError
-from ..files import check_folder, reason, replacing
+from ..files import cache_folder, check_folder, reason, replacing
 from ..hardware import package
 from .convert import backend
 from .recipe import Recipe
@@ -35,9 +34,8 @@ KEPT_PER_NETWORK = 2
 
 
 def folder() -> Path:
-    """Where quantized weights are kept: below ``XDG_CACHE_HOME``, else below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flux2-local" / "quantized"
+    """Where quantized weights are kept."""
+    return cache_folder("quantized")
 
 
 def fingerprint(path: Path) -> str:

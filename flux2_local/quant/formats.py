@@ -78,7 +78,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 TORCHAO: tuple[tuple[str, str], ...] = (("torchao", "0.18"),)
 QUANTO: tuple[tuple[str, str], ...] = (("optimum-quanto", "0.2.7"),)
-ROW, GROUP_128 = 4 / 3072, 4 / 128
+ROW_CHANNELS = 3072
+ROW, GROUP_128 = 4 / ROW_CHANNELS, 4 / 128
 UNPACKS = "multiplies in the compute type after unpacking the weights at every call"
 
 FORMATS: dict[str, Format] = {

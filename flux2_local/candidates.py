@@ -1,0 +1,316 @@
+"""Ways of holding a model, each with what it takes: seconds, device memory, host memory and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from . import costs, footprint, quant
+from .costs import WIDTH, Architecture, Work
+from .footprint import Setup, Weights
+from .hardware import Hardware
+from .offload.streamed import RING
+from .presets import Tier, show_bytes
+from .request import Variant
+
+Placement = Literal["resident", "staged", "streamed"]
+
+SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
+"""Bytes left to the CUDA context and its libraries, or to the operating system."""
+
+HOST_RESERVE = 2 * 2**30
+"""Bytes of host memory left to the process and the system where weights wait in it."""
+
+PAGEABLE = 0.5
+"""Share of the link's rate that copies from memory that is not page-locked reach: the driver copies twice. Assumed."""
+
+TILE = 512
+"""Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
+
+TILED = (4 / 3) ** 2
+"""How many times the pixels of a large picture are decoded in tiles that overlap by a quarter."""
+
+SHARES = 64
+"""Paces of streaming that are tried for one that fits."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is to be planned for: a model's architecture, a variant, a tier and a request's size."""
+
+    model: str
+    variant: Variant
+    tier: Tier
+    arch: Architecture
+    work: Work
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each network is; ``reason`` says it in words."""
+
+    name: str
+    transformer: Placement
+    text_encoder: Placement
+    vae: Placement
+    reason: str
+
+
+LAYOUTS = (
+    Layout("resident", "resident", "resident", "resident", "everything stays on the device"),
+    Layout(
+        "text encoder streamed", "resident", "streamed", "resident",
+        "all stays on the device but the text encoder, whose layers pass through it",
+    ),
+    Layout("staged", "staged", "staged", "staged", "one network at a time on the device"),
+    Layout("streamed", "streamed", "streamed", "staged", "blocks pass through the device while others compute"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted seconds of a request.
+
+    Attributes:
+        encode: reading the prompt, moving the text encoder's weights included.
+        place: per picture, moving weights before and in the first step.
+        step: of a denoising step after the first.
+        decode: per picture, moving the decoder included.
+        compute: of a step with all weights at hand.
+    """
+
+    encode: float
+    place: float
+    step: float
+    decode: float
+    compute: float
+
+    def total(self, work: Work) -> float:
+        """Of the whole request."""
+        return self.encode + work.images * (self.place + work.steps * self.step + self.decode)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of holding the networks.
+
+    Attributes:
+        name: for people.
+        form: the weights' format, or None for the compute type.
+        layout: where the networks are.
+        stay: numbers of the transformer's blocks that stay, where it streams.
+        mapped: components that come from their files, since host memory is too small for them.
+        tile: side of a decoding tile, or 0.
+        seconds: predicted.
+        peak, host, disk: bytes of device memory and of host memory at most, and of files.
+        problem: why it does not fit, or "".
+        reason: what it is like.
+    """
+
+    name: str
+    form: quant.Format | None
+    layout: Layout
+    stay: tuple[int, ...]
+    mapped: tuple[str, ...]
+    tile: int
+    seconds: Seconds
+    peak: int
+    host: int
+    disk: int
+    problem: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all candidates of one plan have in common: the need, the machine, and what was chosen before.
+
+    Attributes:
+        limit: bytes of device memory that weights and activations may take.
+        fused: whether the Triton kernels run.
+        skipping: whether steps may be skipped.
+    """
+
+    need: Need
+    hardware: Hardware
+    dtype: str
+    limit: int
+    fused: bool
+    skipping: bool
+
+
+def layouts(hardware: Hardware) -> tuple[Layout, ...]:
+    """Candidate layouts. Where device and host share their memory, moving weights gains nothing."""
+    return LAYOUTS if hardware.kind == "cuda" else LAYOUTS[:1]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One format and layout, from which :meth:`candidate` is worked out."""
+
+    terms: Terms
+    form: quant.Format | None
+    layout: Layout
+
+    @property
+    def setup(self) -> Setup:
+        t = self.terms
+        return Setup(t.need.arch, t.dtype, t.hardware.kind, self.form, t.fused, t.skipping)
+
+    def weights(self, component: str) -> Weights:
+        need = self.terms.need
+        recipe = None
+        if self.form is not None and component != "vae":
+            recipe = quant.recipe_for(self.form, need.model, component)
+        return footprint.weights(need.arch, component, self.terms.dtype, recipe)
+
+    def placement(self, component: str) -> Placement:
+        return {
+            "transformer": self.layout.transformer,
+            "text_encoder": self.layout.text_encoder,
+            "vae": self.layout.vae,
+        }[component]
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the networks that never leave the device."""
+        names = ("transformer", "text_encoder", "vae")
+        return sum(self.weights(n).total for n in names if self.placement(n) == "resident")
+
+    def visiting(self, component: str) -> int:
+        """Bytes of a network that is wholly on the device only while it is in use."""
+        return self.weights(component).total if self.placement(component) == "staged" else 0
+
+    def denoising(self, stay: tuple[int, ...]) -> int:
+        """Bytes of device memory while denoising."""
+        held, alive = self.weights("transformer"), footprint.denoising(self.setup, self.terms.need.work)
+        if self.layout.transformer != "streamed":
+            return self.kept + self.visiting("transformer") + alive
+        few = held.streaming(stay) - sum(held.blocks[number] for number in stay) + held.schedule
+        return self.kept + max(held.streaming(stay) + alive, few)
+
+    def encoding(self) -> int:
+        """Bytes of device memory while the prompt is read."""
+        held = self.weights("text_encoder")
+        there = held.streaming(()) if self.layout.text_encoder == "streamed" else self.visiting("text_encoder")
+        return self.kept + there + footprint.encoding(self.setup)
+
+    def pixels(self, tile: int) -> int:
+        """Bytes of device memory while pictures are decoded or references encoded, the larger."""
+        work = self.terms.need.work
+        alive = footprint.decoding(self.setup, work.width, work.height, tile)
+        alive = max(alive, *(footprint.referring(self.setup, *size) for size in work.references), 0)
+        return self.kept + self.visiting("vae") + alive
+
+    def stay(self) -> tuple[int, ...]:
+        """The most blocks that may stay."""
+        if self.layout.transformer != "streamed":
+            return ()
+        sizes = self.weights("transformer").blocks
+        for share in range(SHARES):
+            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
+            if self.denoising(stay) <= self.terms.limit:
+                return stay
+        return ()
+
+    def host(self) -> tuple[tuple[str, ...], int]:
+        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then."""
+        held = {n: self.weights(n) for n in ("text_encoder", "transformer", "vae") if self.placement(n) != "resident"}
+        mapped: list[str] = []
+        while True:
+            total = sum(w.total for n, w in held.items() if n not in mapped)
+            total += sum(2 * max(w.blocks) + w.hosted for n, w in held.items() if n in mapped and w.blocks)
+            left = [n for n in held if n not in mapped]
+            if total <= max(0, self.terms.hardware.ram - HOST_RESERVE) or not left:
+                return tuple(mapped), total
+            mapped.append(left[0])
+
+    def rate(self, component: str, mapped: tuple[str, ...]) -> float:
+        """Bytes per second at which a network that is not resident comes to the device."""
+        hardware = self.terms.hardware
+        link = hardware.link_rate * (1 if self.placement(component) == "streamed" else PAGEABLE)
+        return min(link, hardware.disk_rate) if component in mapped else link
+
+    def seconds(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> Seconds:
+        """Predicted seconds."""
+        need, hardware = self.terms.need, self.terms.hardware
+        arch, work = need.arch, need.work
+        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        compute = costs.step_flops(arch, work) / flops
+        encode = costs.encode_flops(arch) / flops
+        decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
+        decode += self.visiting("vae") / self.rate("vae", mapped)
+        place, step, rate = 0.0, compute, self.rate("transformer", mapped)
+        if self.layout.transformer == "staged":
+            place = self.weights("transformer").total / rate
+        elif self.layout.transformer == "streamed":
+            held = self.weights("transformer")
+            first, step = costs.stream_seconds(compute, held.blocks, stay, rate, RING)
+            place = first - step + (held.rest + held.schedule) / (rate * PAGEABLE)
+        rate = self.rate("text_encoder", mapped)
+        if self.layout.text_encoder == "staged":
+            encode += self.weights("text_encoder").total / rate
+        elif self.layout.text_encoder == "streamed":
+            encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
+        return Seconds(encode, place, step, decode, compute)
+
+    def disk(self) -> int:
+        """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""
+        files = costs.checkpoint_parameters(self.terms.need.arch) * WIDTH["bfloat16"]
+        if self.form is None or self.form.not_kept:
+            return files
+        return files + sum(self.weights(name).total for name in ("transformer", "text_encoder"))
+
+    def problem(self, peak: int, host: int) -> str:
+        """Why it does not fit, or ""."""
+        if peak > self.terms.limit:
+            return f"needs {show_bytes(peak)}, {show_bytes(self.terms.limit)} may be used"
+        most = max(0, self.terms.hardware.ram - HOST_RESERVE)
+        if self.terms.hardware.kind == "cuda" and host > most:
+            return f"needs {show_bytes(host)} of host memory, {show_bytes(most)} may be used"
+        return ""
+
+    def candidate(self) -> Candidate:
+        """With whole pictures decoded where they fit, as many blocks staying as fit, and as much in host memory as fits."""
+        stay, (mapped, host) = self.stay(), self.host()
+        others = max(self.denoising(stay), self.encoding())
+        tile = 0
+        if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
+            tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
+        peak = max(others, self.pixels(tile))
+        return Candidate(
+            name=self._name(stay, mapped, tile),
+            form=self.form,
+            layout=self.layout,
+            stay=stay,
+            mapped=mapped,
+            tile=tile,
+            seconds=self.seconds(stay, mapped, tile),
+            peak=peak,
+            host=host,
+            disk=self.disk(),
+            problem=self.problem(peak, host),
+            reason=self._reason(stay, mapped),
+        )
+
+    def _name(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> str:
+        weights = "" if self.form is None else f"{self.form.name} weights, "
+        count = len(self.weights("transformer").blocks)
+        blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
+        files = f", {' and '.join(n.replace('_', ' ') for n in mapped)} from disk" if mapped else ""
+        return f"{weights}{self.layout.name}{blocks}{files}, {f'decoded in {tile}-pixel tiles' if tile else 'decoded whole'}"
+
+    def _reason(self, stay: tuple[int, ...], mapped: tuple[str, ...]) -> str:
+        if self.layout.transformer != "streamed":
+            return self.layout.reason
+        seconds = self.seconds(stay, mapped, 0)
+        moving = self.weights("transformer").moving(stay) / self.rate("transformer", mapped)
+        if seconds.step <= 1.05 * seconds.compute:
+            return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
+        return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"
+
+
+def least(draft: Draft) -> int:
+    """The smallest limit that a format and layout can run in."""
+    tight = replace(draft, terms=replace(draft.terms, limit=0))
+    return tight.candidate().peak

@@ -1,0 +1,27 @@
+"""Networks without weights: what is built inside :func:`meta` has shapes and types, and nothing is computed to fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters alone. On the meta device torch imports its compiler to draw normal numbers, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in FILLS else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def meta() -> Iterator[None]:
+    """Build modules inside on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        yield
