@@ -129,6 +129,7 @@ class Terms:
         limit: bytes of device memory that weights and activations may take.
         fused: whether the Triton kernels run.
         skipping: whether steps may be skipped.
+        folded: whether the decoder's upsampling is folded.
     """
 
     need: Need
@@ -137,6 +138,7 @@ class Terms:
     limit: int
     fused: bool
     skipping: bool
+    folded: bool
 
 
 def layouts(hardware: Hardware) -> tuple[Layout, ...]:
@@ -162,7 +164,7 @@ class Draft:
         recipe = None
         if self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
-        return footprint.weights(need.arch, component, self.terms.dtype, recipe)
+        return footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
 
     def placement(self, component: str) -> Placement:
         return {

@@ -74,11 +74,14 @@ class Weights:
 
 
 @cache
-def weights(arch: Architecture, component: str, dtype: str, recipe: Recipe | None) -> Weights:
+def weights(
+    arch: Architecture, component: str, dtype: str, recipe: Recipe | None = None, folded: bool = False
+) -> Weights:
     """The weights of "transformer", "text_encoder" or "vae" with activations in ``dtype``.
 
     Args:
         recipe: which layers are held in which format; None for all in ``dtype``.
+        folded: whether the autoencoder's upsampling is (:class:`flux2_local.model.autoencoder.Doubling`).
     """
     network = costs.network(arch, component)
     quantized = {} if recipe is None else recipe.layers(network)
@@ -93,7 +96,16 @@ def weights(arch: Architecture, component: str, dtype: str, recipe: Recipe | Non
     schedule = sum(size(getattr(network, name, None)) for name in SCHEDULE)
     hosted = size(getattr(network, HOSTED, None))
     inside = sum(size(block) for block in repeated(network))
-    return Weights(blocks, schedule, hosted, size(network) - inside - schedule - hosted)
+    rest = size(network) - inside - schedule - hosted
+    if folded and isinstance(network, Autoencoder):
+        rest += WIDTH[dtype] * more_when_folded(network)
+    return Weights(blocks, schedule, hosted, rest)
+
+
+def more_when_folded(vae: Autoencoder) -> int:
+    """Values that folded upsampling holds beyond the convolutions' own: 16 for each 9 weights, and each bias four times."""
+    convs = [up.conv for level in vae.decoder.up_blocks for up in level.upsamplers]  # type: ignore[union-attr]
+    return sum(conv.weight.numel() // 9 * 7 + 3 * conv.bias.numel() for conv in convs)  # type: ignore[union-attr, operator]
 
 
 def layer_bytes(recipe: Recipe, rows: int, columns: int) -> int:
@@ -217,7 +229,9 @@ FUSED = Ops(modulated_norm=_like, gated_residual=_like, qk_norm_rope=_rotated, s
 
 
 class _Kept:
-    """Holds what step caching holds: of each pass the others' contributions of two steps and the first block's of one."""
+    """Holds what step caching holds of one picture: of each pass the blocks' contributions of two steps and the first one's."""
+
+    probes = True
 
     def __init__(self, like: Tensor, passes: int) -> None:
         self.before = [_like(like) for _ in range(2 + 3 * (passes - 1))]
@@ -272,8 +286,8 @@ def denoising(setup: Setup, work: Work) -> int:
         tokens = torch.empty(work.batch, image + others, own.in_channels, dtype=kind)
         parts = tuple(torch.empty(1, 1, own.width, dtype=kind) for _ in range(17))
         mod = Modulation(parts[:6], parts[6:12], parts[12:15], parts[15:])
-        like = torch.empty(work.batch, image, own.width, dtype=kind)
-        kept = _Kept(like, arch.passes) if setup.skipping else None
+        like = torch.empty(image, own.width, dtype=kind)
+        kept = [_Kept(like, arch.passes) for _ in range(work.batch)] if setup.skipping else None
         del like
         network(tokens, contexts[: work.batch], mod, tables, image, kept)
         del text, latents, table, samples

@@ -158,8 +158,9 @@ def make_plan(
     attention_choice = choose_attention(need, hardware, dtype, attention)
     ops_choice = choose_ops(need, hardware, dtype)
     cache_choice, cache = choose_cache(need)
+    folded = folds(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value == "triton", cache is not None)
+    terms = Terms(need, hardware, dtype, limit, ops_choice.value == "triton", cache is not None, folded)
     wanted = formats(need.tier, hardware, dtype, quantize)
     drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
@@ -186,7 +187,7 @@ def make_plan(
         batch=batch,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
-        fold_upsampling=folds(need.tier, hardware, dtype),
+        fold_upsampling=folded,
         encode_seconds=winner.seconds.encode,
         place_seconds=winner.seconds.place,
         step_seconds=winner.seconds.step,

@@ -52,7 +52,7 @@ def test_guided_by_the_empty_prompt_too(klein_base_folder, monkeypatch):
     few = {**SMALL, "num_inference_steps": 4}
     alone = [flux.generate(scene, seed=n, **few).images[0].data for n, scene in enumerate(SCENES[:3])]
     plan = flux._plan_for
-    monkeypatch.setattr(flux, "_plan_for", lambda request: replace(plan(request), batch=3))
+    monkeypatch.setattr(flux, "_plan_for", lambda *asked: replace(plan(*asked), batch=3))
     counts, _ = watch(monkeypatch, flux)
     found = flux.generate_many({"prompt": scene, "seed": n, **few} for n, scene in enumerate(SCENES[:3]))
     assert [result.images[0].data for result in found] == alone
@@ -106,7 +106,7 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
     flux = tiny
 
     def plan(size, **fields):
-        return flux._plan_for(make_request("standard", {"prompt": "a", "image_size": size, **fields}))
+        return flux._plan_for(make_request("standard", {"prompt": "a", "image_size": size, **fields}), [])
 
     assert [plan(s).batch for s in ("square", "landscape_4_3", "square_hd")] == [4, 2, 1]
     assert plan("square", acceleration="none").batch == 1
@@ -152,7 +152,7 @@ def test_weights_that_visit_the_device_come_once_for_several_prompts(flash, monk
 
     monkeypatch.setattr(many, "AHEAD_STAGED", 2)
     monkeypatch.setattr(flash, "plan", staged(flash.plan))
-    monkeypatch.setattr(flash, "_plan_for", lambda request: replace(staged(plan(request)), batch=1))
+    monkeypatch.setattr(flash, "_plan_for", lambda *asked: replace(staged(plan(*asked)), batch=1))
     monkeypatch.setattr(flash, "_components", replace(flash._components, hold_text_encoder=hold))
     asked = [{"prompt": scene, "seed": n, "image_size": "square"} for n, scene in enumerate(SCENES)]
     found = [result.images[0].data for result in flash.generate_many(asked)]

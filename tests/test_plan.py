@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_local import BudgetError, Flux2, PlanError, costs, hardware, load, store
+from flux2_local import BudgetError, Flux2, PlanError, costs, footprint, hardware, load, store
 from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, fit, survey
 from flux2_local.hardware import from_preset, probe
+from flux2_local.offload.tensors import ALIGNMENT
 from flux2_local.plan import built, explain, make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
 
@@ -42,9 +44,11 @@ def test_flops_of_a_square_megapixel(name, tera):
 
 def test_weights_in_memory_are_what_was_predicted(dev_folder):
     flux = Flux2.load(dev_folder, acceleration="none")
-    c, counted = flux._components, costs.parameters(load.architecture(flux.checkpoint))
+    c, arch = flux._components, load.architecture(flux.checkpoint)
     for name, module in (("transformer", c.transformer), ("text_encoder", c.text_encoder), ("vae", c.vae)):
-        assert costs.count(module) == counted[name]
+        predicted = footprint.weights(arch, name, "float32", folded=flux.plan.fold_upsampling)
+        padding = predicted.total - sum(v.nbytes for v in (*module.parameters(), *module.buffers()))
+        assert 0 <= padding < ALIGNMENT * (len(predicted.blocks) or 1) and (predicted.blocks or padding == 0)
     assert all(p.dtype == torch.float32 for p in c.transformer.parameters())
 
 
@@ -173,3 +177,14 @@ def test_amounts_of_memory(text, count):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(ValueError, match="12GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 768), (513, 1000)])
+@pytest.mark.parametrize("name", ["dev", "klein-4b"])
+def test_decoding_flops_are_those_that_torch_counts(name, size):
+    arch = family_architecture(models()[name])
+    vae = costs.network(arch, "vae")
+    latents = torch.empty(1, 128, -(-size[1] // arch.multiple), -(-size[0] // arch.multiple), device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decode(latents)
+    assert costs.decode_flops(arch, *size) == counter.get_total_flops()

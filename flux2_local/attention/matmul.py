@@ -22,10 +22,12 @@ def load() -> Attend:
     return attend
 
 
-@torch.library.custom_op("flux2_local::matmul_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads in groups whose scores fit the cache, or one at a time. An operator of its own, since a compiler that traced it
-    would make another graph for every number of groups."""
+    """Heads in groups whose scores fit the cache, or one at a time."""
+    return as_one(q, k, v) if torch.compiler.is_compiling() else in_groups(q, k, v)
+
+
+def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _, tokens, heads, channels = q.shape
     group = max(1, CACHE // (tokens * tokens * q.element_size()))
     out = torch.empty_like(q)
@@ -38,9 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.empty_like(q)
-
+# What torch.compile sees: traced, it would be another graph for every number of groups.
+as_one = torch.library.custom_op("flux2_local::matmul_attention", in_groups, mutates_args=())
+as_one.register_fake(lambda q, k, v: torch.empty_like(q))
 
 BACKEND = Backend("matmul", load, {"cpu": {"bfloat16": 0}})

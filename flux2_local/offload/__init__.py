@@ -30,5 +30,5 @@ def adapt(hold: Hold, held: ComponentPlan) -> None:
     """Let other blocks stay from the next use on, where the network streams."""
     from .streamed import Streamed
 
-    if isinstance(hold, Streamed):
+    if isinstance(hold, Streamed) and held.placement == "streamed":
         hold.stay = frozenset(held.stay)
