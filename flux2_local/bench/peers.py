@@ -70,11 +70,13 @@ def compiled(pipe: Any, subject: Subject) -> None:
 
 
 def cache_dit(pipe: Any, subject: Subject) -> None:
-    """cache-dit's one line, with its default policy."""
+    """cache-dit's one line, with its default policy: it computes eight blocks of each kind to judge a step by, or one where
+    there are not as many."""
     import cache_dit as package
 
     plain(pipe, subject)
-    package.enable_cache(pipe)
+    first = 8 if pipe.transformer.config.num_layers >= 8 else 1
+    package.enable_cache(pipe, cache_config=package.DBCacheConfig(Fn_compute_blocks=first))
 
 
 def cache_dit_compiled(pipe: Any, subject: Subject) -> None:
