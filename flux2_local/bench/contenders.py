@@ -110,7 +110,7 @@ CONTENDERS: dict[str, Contender] = {
              attention="sdpa-math"),
         theirs("diffusers, 16 bit", "eager, in the device's fast 16-bit type", peers.plain),
         theirs("diffusers, compiled", "16 bit, compile_repeated_blocks(fullgraph=True)", peers.compiled),
-        theirs("cache-dit", "16 bit, eager, DBCache at its defaults (one block judged by in small models)", peers.cache_dit, needs=("cache-dit",)),
+        theirs("cache-dit", "16 bit, eager, DBCache defaults (small models: one first block)", peers.cache_dit, needs=("cache-dit",)),
         theirs("cache-dit, compiled", "the same, then compile_repeated_blocks", peers.cache_dit_compiled,
                needs=("cache-dit",)),
         theirs("torchao int8", "int8 dynamic activations and weights, compiled", peers.torchao_int8, needs=("torchao",)),
