@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/flux2-local bench
 
 gpu: $(VENV)/.test
 	$(BIN)/python scripts/gpu.py

@@ -30,9 +30,9 @@ from flux2_local.batch.engines import Pool, ThisProcess, processes
 from flux2_local.batch.job import Job, Sweep, make_job
 from flux2_local.batch.lines import Line
 from flux2_local.batch.run import Engine, Target, open_batch
+from flux2_local.bench import environment
 from flux2_local.hardware import usable_cores
 
-from . import environment
 from .quality import SHEET
 
 Work = Callable[[Job, Path], None]

@@ -24,6 +24,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from flux2_local import Flux2, load
+from flux2_local.bench import environment
+from flux2_local.bench.metrics import psnr, ssim
+from flux2_local.bench.subject import PROMPTS
 from flux2_local.costs import Work
 from flux2_local.pipeline import choose, find_hardware, make_settings
 from scripts.train_tiny.captions import caption, rich
@@ -31,20 +34,7 @@ from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.render import render
 from scripts.train_tiny.scenes import Scene, random_scene
 
-from . import environment, judge
-from .metrics import psnr, ssim
-
-SHEET = (
-    "a lighthouse at dusk",
-    "a red ball on the left and a blue box on the right on a green meadow by day",
-    "a large yellow star in the desert at night",
-    "a small white boat on the sea with mountains in the background at sunset",
-    "a purple house with pine trees in the snow",
-    "a pink hot air balloon above a city skyline at dawn",
-    "a large green mushroom on the left in a meadow in the rain",
-    'a wooden sign that says "HELLO" on a sandy beach',
-)
-"""Prompts of the contact sheet."""
+from . import judge
 
 
 @dataclass(frozen=True)
@@ -157,13 +147,13 @@ def sheet(path: Path, model: str, side: int = 256) -> None:
     """Variants × prompts on one picture, with the prompts above."""
     rows = [Contender(v, "regular") for v in ("standard", "turbo", "flash")]
     head = 34
-    page = Image.new("RGB", (side * len(SHEET), head + side * len(rows)), "white")
+    page = Image.new("RGB", (side * len(PROMPTS), head + side * len(rows)), "white")
     draw = ImageDraw.Draw(page)
-    for column, prompt in enumerate(SHEET):
+    for column, prompt in enumerate(PROMPTS):
         half = prompt.rfind(" ", 0, len(prompt) // 2 + 4)
         draw.text((column * side + 4, 4), prompt[:half] + "\n" + prompt[half + 1 :], "black")
     for row, contender in enumerate(rows):
-        made = generate(contender, SHEET, (512, 512), [7] * len(SHEET), model)
+        made = generate(contender, PROMPTS, (512, 512), [7] * len(PROMPTS), model)
         for column, (picture, _) in enumerate(made):
             page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, head + row * side))
         draw.text((4, head + row * side + 4), contender.variant, "white", stroke_width=1, stroke_fill="black")

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.metrics import psnr
-from benchmarks.quality import SHEET
 from flux2_local import Flux2, Request
+from flux2_local.bench.metrics import psnr
+from flux2_local.bench.subject import PROMPTS
 from flux2_local.pipeline import Run
 from flux2_local.presets import CachePolicy
 from flux2_local.progress import Reporter
@@ -31,7 +31,7 @@ def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> t
     """Pictures of the first ``count`` prompts, and the median seconds of denoising one."""
     pictures, seconds = [], []
     for seed in range(count):
-        request = Request(prompt=SHEET[seed % len(SHEET)], seed=seed, image_size=size, enable_safety_checker=False)
+        request = Request(prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, enable_safety_checker=False)
         result = Run(flux, replace(flux.plan, cache=policy), request, Reporter(None, None)).result()
         pictures.append(np.asarray(result.images[0].image))
         seconds.append(result.timings.denoise)

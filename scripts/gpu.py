@@ -215,7 +215,7 @@ def card_record(run: Run) -> Iterator[tuple[str, Any]]:
     """The card, its driver and its clocks."""
     import torch
 
-    from benchmarks.environment import said
+    from flux2_local.bench.environment import said
 
     yield "device", card(run)
     yield "sm", run.place.sm
@@ -244,7 +244,7 @@ def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
 
 
 def main() -> int:
-    from benchmarks.environment import software
+    from flux2_local.bench.environment import software
 
     run = prepare(parse())
     checks = check(run)

@@ -3,11 +3,12 @@
 from contextlib import contextmanager
 from dataclasses import replace
 
-from flux2_local import Flux2, costs, load, many, sampler
+from flux2_local import Flux2, costs, footprint, load, many, sampler
+from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
-from flux2_local.plan import Need, make_plan
+from flux2_local.plan import make_plan
 from flux2_local.presets import devices, models, tiers
 from flux2_local.request import make_request
 
@@ -112,12 +113,14 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
     assert plan("square", acceleration="none").batch == 1
     assert "one picture has 336 tokens and the device takes 1024" in str(plan("square"))
     arch, one = load.architecture(flux.checkpoint), Work(512, 512)
-    step = costs.step_activations(arch, one, "float32")
-    hardware = replace(flux.hardware, free=10**12)
     need = Need("tiny", "standard", tiers()["regular"], arch, one)
-    plenty = make_plan(need, hardware, dtype="float32")
-    held = sum(costs.weight_bytes(arch, "float32").values())
-    assert plenty.peak_bytes == held + max(4 * step, costs.decode_activations(arch, one, "float32"))
+    plenty = make_plan(need, replace(flux.hardware, free=10**12), dtype="float32")
+    setup = footprint.Setup(arch, "float32", "cpu", skipping=True)
+    single, four = (footprint.denoising(setup, replace(one, batch=count)) for count in (1, 4))
+    names = ("transformer", "text_encoder", "vae")
+    held = sum(footprint.weights(arch, name, "float32", folded=True).total for name in names)
+    assert plenty.batch == 4 and four > 2 * single
+    assert plenty.peak_bytes == held + max(four, footprint.decoding(setup, 512, 512, 0), footprint.encoding(setup))
 
 
 def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):

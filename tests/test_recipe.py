@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from PIL import Image
 
 from benchmarks import judge
-from benchmarks.metrics import SAME, psnr, ssim
+from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import autoencoder, network
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.language import TOLD, Teller, told

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..version import __version__
-from . import batch, generate, inspect, serve
+from . import batch, bench, generate, inspect, serve
 
 EXIT_HELP = """
 Exit codes: 0 done, 1 a batch with failures, 2 wrong options or request, 3 model missing or damaged, 4 does not fit in memory, 5
@@ -63,6 +63,7 @@ app.command(
 )(batch.batch)
 app.command("sheet", help="Draw a batch's contact sheet and write its gallery, one HTML file.")(batch.sheet)
 app.command("serve", help="Answer fal's HTTP API on this machine, with a queue and a page to try it.")(serve.serve)
+app.add_typer(bench.app, name="bench")
 app.command("plan", help="Say how a request would run on this machine or on a known card, and why.")(inspect.plan)
 app.command("models", help="List the models, what is on this disk and what fits.")(inspect.models)
 app.command("download", help="Fetch a model, its variants' LoRAs and the safety check; goes on where it stopped.")(

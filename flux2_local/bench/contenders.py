@@ -1,0 +1,136 @@
+"""The table of contenders: what each is, how it is built from a subject's components, and why it may not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import RequestError
+from ..hardware import package
+from . import peers
+from .subject import Loaded, Subject
+
+Group = Literal["ours", "peer", "floor"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of making the same pictures.
+
+    Attributes:
+        name: what the user and the results call it.
+        group: "ours", "peer", or "floor": what nothing but rounding changes, to hold the others' quality against.
+        note: what it is, in a line.
+        build: loads it.
+        kinds: devices it can run on.
+        needs: distributions it needs.
+        why_kinds: why it needs these devices, where it does.
+    """
+
+    name: str
+    group: Group
+    note: str
+    build: Callable[[Subject], Loaded]
+    kinds: tuple[str, ...] = ("cuda", "cpu", "mps")
+    needs: tuple[str, ...] = ()
+    why_kinds: str = ""
+
+    def obstacle(self, subject: Subject) -> str | None:
+        """Why it cannot run on ``subject``, as far as that is known beforehand; None where nothing speaks against it."""
+        if subject.kind not in self.kinds:
+            return f"needs {' or '.join(self.kinds)}, and this is {subject.kind}: {self.why_kinds}"
+        missing = [found for found in map(package, self.needs) if not found.usable]
+        return f"{missing[0].name} is {missing[0].problem}" if missing else None
+
+
+def ours(subject: Subject, variant: str, acceleration: str, **wishes: Any) -> Loaded:
+    """:class:`flux2_local.Flux2` as a user loads it.
+
+    Args:
+        wishes: further arguments of :meth:`Flux2.load`.
+    """
+    from ..pipeline import Flux2
+
+    flux = Flux2.load(subject.model, variant, acceleration=acceleration, device=subject.device, **wishes)  # type: ignore[arg-type]
+    size = {"width": subject.width, "height": subject.height}
+    fields: dict[str, Any] = {"image_size": size, "enable_safety_checker": False}
+    if variant == "standard":
+        fields["num_inference_steps"] = subject.steps
+
+    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+        result = flux.generate(prompt, seed=seed, **fields)
+        stages = {k: v for k, v in result.timings.to_dict().items() if v and k not in ("inference", "total")}
+        return np.asarray(result.images[0].image), stages
+
+    plan = flux.plan
+    steps = fields.get("num_inference_steps") or flux.checkpoint.preset.recipe(flux.settings.variant).steps
+    choices = {choice.what: choice.value for choice in plan.choices}
+    return Loaded(draw, {"dtype": plan.dtype, "steps": steps, "plan": choices})
+
+
+def in_another_dtype(subject: Subject) -> Loaded:
+    """The exact tier in the type that it would not take by itself."""
+    from ..presets import tiers
+
+    usual = tiers()["none"].dtypes[subject.kind][0]
+    return ours(subject, "standard", "none", dtype="bfloat16" if usual == "float32" else "float32")
+
+
+def mine(name: str, note: str, variant: str, acceleration: str, group: Group = "ours", **wishes: Any) -> Contender:
+    return Contender(name, group, note, partial(ours, variant=variant, acceleration=acceleration, **wishes))
+
+
+def theirs(name: str, note: str, change: Callable[..., None], **needs: Any) -> Contender:
+    return Contender(name, "peer", note, partial(peers.pipeline, change=change), **needs)
+
+
+OFFLOAD = {
+    "kinds": ("cuda",),
+    "why_kinds": "offloading moves weights between host and card, and without a card there is nothing to move",
+}
+REFERENCE, BASE = "standard, none", "diffusers"
+"""Quality is held against the pictures of the first, speed against the seconds of the second."""
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender(BASE, "peer", "stock pipeline, eager, float32 on a CPU and bfloat16 elsewhere", peers.pipeline),
+        mine(REFERENCE, "the pixels of diffusers' pipeline", "standard", "none"),
+        mine("standard, regular", "the default", "standard", "regular"),
+        mine("standard, high", "the fastest within the stated bound", "standard", "high"),
+        mine("standard, high, int8", "with 8-bit weights", "standard", "high", quantize="builtin-int8"),
+        mine("turbo", "the turbo variant (8 steps), regular", "turbo", "regular"),
+        mine("flash", "the flash variant (4 steps), regular", "flash", "regular"),
+        Contender("none, another dtype", "floor", "rounding: none in bfloat16 (float32 where none is 16 bit)", in_another_dtype),
+        mine("none, another kernel", "rounding: none with attention written out", "standard", "none", "floor",
+             attention="sdpa-math"),
+        theirs("diffusers, 16 bit", "eager, in the device's fast 16-bit type", peers.plain),
+        theirs("diffusers, compiled", "16 bit, compile_repeated_blocks(fullgraph=True)", peers.compiled),
+        theirs("cache-dit", "16 bit, eager, DBCache defaults (small models: one first block)", peers.cache_dit, needs=("cache-dit",)),
+        theirs("cache-dit, compiled", "the same, then compile_repeated_blocks", peers.cache_dit_compiled,
+               needs=("cache-dit",)),
+        theirs("torchao int8", "int8 dynamic activations and weights, compiled", peers.torchao_int8, needs=("torchao",)),
+        theirs("torchao fp8", "fp8 dynamic activations and weights per row, compiled", peers.torchao_fp8, kinds=("cuda",),
+               needs=("torchao",), why_kinds="torchao multiplies in fp8 on cards of compute capability 8.9 and newer"),
+        theirs("diffusers, model offload", "16 bit, enable_model_cpu_offload", peers.model_offload, **OFFLOAD),
+        theirs("diffusers, sequential offload", "16 bit, enable_sequential_cpu_offload", peers.sequential_offload, **OFFLOAD),
+        theirs("diffusers, group offload", "16 bit, block-level groups prefetched on a stream", peers.group_offload, **OFFLOAD),
+    )
+}  # fmt: skip
+"""Every contender by name, in the order of the results."""
+
+
+def select(names: list[str] | None) -> list[Contender]:
+    """The contenders that are named, with the two that the others are held against; all where none is named.
+
+    Raises:
+        RequestError: a name that there is not.
+    """
+    unknown = [name for name in names or () if name not in CONTENDERS]
+    if unknown:
+        raise RequestError(f"There is no contender {unknown[0]!r}. There are: {'; '.join(CONTENDERS)}.")
+    return [c for c in CONTENDERS.values() if not names or c.name in (*names, REFERENCE, BASE)]

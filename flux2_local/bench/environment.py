@@ -1,0 +1,108 @@
+"""What a reader needs to repeat a figure, or to doubt it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import files
+
+ROOT = Path(__file__).parent.parent.parent
+CHECKOUT = (ROOT / "benchmarks" / "results").is_dir()
+RESULTS = ROOT / "benchmarks" / "results" if CHECKOUT else Path()
+"""Where results go that nobody names a place for: a source checkout's folder, or the current one."""
+
+PACKAGES = (
+    "flux2-local", "torch", "diffusers", "transformers", "triton", "torchao", "optimum-quanto", "xformers", "cache-dit",
+    "safetensors",
+)  # fmt: skip
+COPIED, PRODUCT = {"cuda": 2**30, "cpu": 2**28}, {"cuda": 8192, "cpu": 2048}
+"""What rates are measured on: bytes copied, and the side of the matrices multiplied."""
+
+
+def said(*command: str) -> str:
+    """The first line that a command prints; empty if there is no such command."""
+    if shutil.which(command[0]) is None:
+        return ""
+    folder = ROOT if CHECKOUT else None
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip().partition("\n")[0]
+
+
+def software() -> Iterator[tuple[str, Any]]:
+    """Date, versions, and the state of the source tree."""
+    yield "date", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+    yield "python", platform.python_version()
+    yield "system", platform.platform()
+    if CHECKOUT:
+        yield "commit", said("git", "rev-parse", "HEAD")
+        yield "changed", bool(said("git", "status", "--porcelain", "--untracked-files=no"))
+
+
+def record() -> dict[str, Any]:
+    """Software and processor."""
+    return dict(software()) | {"device": processor()}
+
+
+def card(device: str) -> Iterator[tuple[str, Any]]:
+    """The name, driver and limits of the CUDA device ``device``."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    yield "card", properties.name
+    yield "card_bytes", properties.total_memory
+    yield "cuda", torch.version.cuda
+    query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+    yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def rates(device: str, dtypes: Iterable[str], seconds: float = 0.5) -> dict[str, float]:
+    """What the device reaches in the two things that bound everything: bytes/s of a copy (read plus written) as ``copy``, and
+    FLOP/s of a square matrix product per dtype; medians over ``seconds`` each."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+
+    def median(code: str, **names: Any) -> float:
+        timer = Timer(code, globals=names, num_threads=torch.get_num_threads())
+        return float(timer.blocked_autorange(min_run_time=seconds).median)
+
+    source = torch.ones(COPIED[kind], dtype=torch.uint8, device=device)
+    found = {"copy": 2 * source.numel() / median("b.copy_(a)", a=source, b=torch.empty_like(source))}
+    del source
+    for dtype in dtypes:
+        a, b = (torch.randn(PRODUCT[kind], PRODUCT[kind], device=device).to(getattr(torch, dtype)) for _ in range(2))
+        found[dtype] = 2 * PRODUCT[kind] ** 3 / median("a @ b", a=a, b=b)
+    return found
+
+
+def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:
+    """Write a record with its figures as JSON to ``path``, or to ``KIND-DATE.json`` in :data:`RESULTS`; returns the path.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    path = path or RESULTS / f"{kind}-{figures['date'][:10]}.json"
+    return files.write(path, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def processor() -> str:
+    """The processor's name and how many of its cores this process may use."""
+    from ..hardware import usable_cores
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {usable_cores()} cores"

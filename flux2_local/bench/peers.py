@@ -1,0 +1,128 @@
+"""diffusers' own pipelines on the same components, as they come and as their documentation speeds them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import store
+from ..hardware import probe
+from .subject import GUIDANCE, Loaded, Subject
+
+if TYPE_CHECKING:
+    from ..presets import ModelPreset
+
+Change = Callable[[Any, Subject], None]
+"""Makes a stock pipeline, still on the host, faster or smaller, and places it."""
+
+
+def plain(pipe: Any, subject: Subject) -> None:
+    """Nothing but placing it."""
+    pipe.to(subject.device)
+
+
+def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
+    """The checkpoint's pipeline class with the checkpoint's components.
+
+    Args:
+        subject: what to load.
+        change: None for the pipeline as it comes, in float32 on a CPU and bfloat16 elsewhere; else what is done to it, in the
+            16-bit type that the device runs fast (float32 where it runs none).
+    """
+    fast = probe(subject.device).fast_dtypes[0]
+    dtype = fast if change is not None else "float32" if subject.kind == "cpu" else "bfloat16"
+    pipe, preset = from_disk(subject, getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    (change or plain)(pipe, subject)
+
+    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+        picture = pipe(
+            prompt=prompt,
+            width=subject.width,
+            height=subject.height,
+            num_inference_steps=subject.steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=preset.text_tokens,
+            text_encoder_out_layers=preset.text_layers,
+        ).images[0]
+        return np.asarray(picture), {}
+
+    return Loaded(draw, {"dtype": dtype, "steps": subject.steps})
+
+
+def from_disk(subject: Subject, dtype: torch.dtype) -> tuple[Any, ModelPreset]:
+    """The pipeline on the host, and how its model is used."""
+    import diffusers
+
+    checkpoint = store.find(subject.model, "standard")
+    kind = getattr(diffusers, checkpoint.preset.pipeline)
+    return kind.from_pretrained(checkpoint.folder, torch_dtype=dtype), checkpoint.preset
+
+
+def compiled(pipe: Any, subject: Subject) -> None:
+    """Regional compilation, as diffusers' documentation has it."""
+    plain(pipe, subject)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def cache_dit(pipe: Any, subject: Subject) -> None:
+    """cache-dit's one line, with its default policy: it computes eight blocks of each kind to judge a step by, or one where
+    there are not as many."""
+    import cache_dit as package
+
+    plain(pipe, subject)
+    first = 8 if pipe.transformer.config.num_layers >= 8 else 1
+    package.enable_cache(pipe, cache_config=package.DBCacheConfig(Fn_compute_blocks=first))
+
+
+def cache_dit_compiled(pipe: Any, subject: Subject) -> None:
+    """The same, with the blocks compiled after caching is enabled, as cache-dit's documentation has it."""
+    cache_dit(pipe, subject)
+    pipe.transformer.compile_repeated_blocks()
+
+
+def torchao_int8(pipe: Any, subject: Subject) -> None:
+    """torchao's dynamic int8 on the transformer, then compilation, without which it is slower than none."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    _quantize(pipe, subject, Int8DynamicActivationInt8WeightConfig())
+
+
+def torchao_fp8(pipe: Any, subject: Subject) -> None:
+    """torchao's dynamic fp8, a scale per row."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    _quantize(pipe, subject, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def _quantize(pipe: Any, subject: Subject, config: Any) -> None:
+    from torchao.quantization import quantize_
+
+    plain(pipe, subject)
+    quantize_(pipe.transformer, config)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def model_offload(pipe: Any, subject: Subject) -> None:
+    """One network at a time on the card."""
+    pipe.enable_model_cpu_offload(device=subject.device)
+
+
+def sequential_offload(pipe: Any, subject: Subject) -> None:
+    """One layer at a time on the card."""
+    pipe.enable_sequential_cpu_offload(device=subject.device)
+
+
+def group_offload(pipe: Any, subject: Subject) -> None:
+    """Groups of blocks, the next one fetched while one computes."""
+    pipe.enable_group_offload(
+        onload_device=torch.device(subject.device),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=True,
+    )

@@ -1,0 +1,68 @@
+"""What every contender of a run is given alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PROMPTS = (
+    "a lighthouse at dusk",
+    "a red ball on the left and a blue box on the right on a green meadow by day",
+    "a large yellow star in the desert at night",
+    "a small white boat on the sea with mountains in the background at sunset",
+    "a purple house with pine trees in the snow",
+    "a pink hot air balloon above a city skyline at dawn",
+    "a large green mushroom on the left in a meadow in the rain",
+    'a wooden sign that says "HELLO" on a sandy beach',
+)
+"""What is drawn unless the caller brings prompts; also the contact sheet's."""
+
+GUIDANCE = 2.5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The work: everything that contenders have in common.
+
+    Attributes:
+        model: a name, a hub id or a folder.
+        device: torch's name of it.
+        width, height: pixels.
+        steps: of the standard variant.
+    """
+
+    model: str
+    device: str
+    width: int
+    height: int
+    steps: int
+
+    @property
+    def kind(self) -> str:
+        """ "cuda", "cpu" or "mps"."""
+        return self.device.split(":")[0]
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}×{self.height}"
+
+
+Draw = Callable[[str, int], "tuple[np.ndarray, dict[str, float]]"]
+"""(prompt, seed) -> a picture, uint8 [H, W, 3], and seconds per stage where they are known."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A contender ready to draw.
+
+    Attributes:
+        draw: makes one picture and waits for the device.
+        facts: what runs, for the record: ``dtype`` and ``steps``, and for ours ``plan``.
+    """
+
+    draw: Draw
+    facts: dict[str, Any] = field(default_factory=dict)

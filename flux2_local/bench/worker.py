@@ -1,0 +1,76 @@
+"""A contender's process: ``python -m flux2_local.bench.worker``. Loads it and draws one picture per message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from ..server import frames
+from .subject import Subject
+
+
+def serve(source: BinaryIO, target: BinaryIO) -> None:
+    """Answer messages until there are no more: first what to load, then what to draw."""
+
+    def tell(message: frames.Message, data: bytes = b"") -> None:
+        target.write(frames.pack(message, data))
+        target.flush()
+
+    try:
+        setup = frames.read(source)
+        if setup is None:
+            return
+        from .contenders import CONTENDERS
+
+        subject = Subject(**setup[0]["subject"])
+        loaded = CONTENDERS[setup[0]["contender"]].build(subject)
+        tell(loaded.facts)
+        while (frame := frames.read(source)) is not None:
+            start = time.perf_counter()
+            picture, stages = loaded.draw(frame[0]["prompt"], frame[0]["seed"])
+            seconds = time.perf_counter() - start
+            facts = {"shape": picture.shape, "stages": stages, "memory": memory(subject.device)}
+            tell({"seconds": seconds, **facts}, picture.tobytes())
+    except Exception as error:  # whatever a contender fails with is its result
+        tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+
+
+def memory(device: str) -> dict[str, int]:
+    """Peak bytes of this process so far: resident in host memory (mapped weights included), and allocated on a card."""
+    peaks = {"host": peak_resident()}
+    if device.startswith("cuda"):
+        import torch
+
+        peaks["device"] = torch.cuda.max_memory_allocated(device)
+    return peaks
+
+
+def peak_resident() -> int:
+    """Peak resident bytes of this process. Linux counts from its own start; elsewhere getrusage is asked."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(row for row in status.read_text("ascii").splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    target = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a library's print must not get between the messages
+    try:
+        serve(sys.stdin.buffer, target)
+    except BrokenPipeError:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""``flux2-local bench`` and ``flux2-local bench compare``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    help="Measure variants, tiers and other people's pipelines on the same components: seconds, memory, quality.\n\n"
+    "Every contender draws the same prompts with the same seeds in turn, round after round, each in a process of its own. "
+    "Quality is held against `standard, none`, the pixels of diffusers' pipeline; the contenders `none, another dtype` and "
+    "`none, another kernel` show what rounding alone does. One that cannot run here is recorded with its reason.",
+)
+SIZES = ("512x512", "1024x768")
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A name, a hub id or a folder.")] = "tiny",
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", "-s", help="WIDTHxHEIGHT; may be repeated (default 512x512 and 1024x768)."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=4, max=50, help="Of the standard variant (default: the model's own).")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", min=1, help="Pictures per contender and size.")] = 5,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A contender by name; may be repeated (a wrong name lists them).")
+    ] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Load each anew every round: for models of which only one fits in memory.")
+    ] = False,
+    device: options.Device = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file to write.")] = None,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from .. import store
+    from ..bench import environment, results, runner
+    from ..bench.contenders import select
+    from ..bench.subject import PROMPTS, Subject
+    from ..files import check_folder
+    from ..hardware import probe
+    from ..request import make_request
+
+    chosen = select(only)
+    shapes = [
+        make_request("standard", {"prompt": "a", "image_size": options.parse_size(s)}).size for s in size or SIZES
+    ]
+    steps = steps or store.find(model, "standard").preset.recipe("standard").steps
+    hardware = probe(device)
+    if out is not None:
+        check_folder(out.absolute().parent, 2**20)
+    record: dict[str, Any] = environment.record()
+    if hardware.kind == "cuda":
+        record |= dict(environment.card(hardware.device))
+    dtypes = {"float32", *hardware.fast_dtypes}
+    record["rates"] = rates = environment.rates(hardware.device, sorted(dtypes))
+    record |= {"model": model, "steps": steps, "rounds": rounds, "rows": [], "refused": {}}
+    rows: list[results.Row] = []
+    for width, height in shapes:
+        subject = Subject(model, hardware.device, width, height, steps)
+        outcome = runner.run(chosen, subject, PROMPTS, rounds, apart, lambda line: typer.echo(line, err=True))
+        rows += results.rows(outcome, subject, rates)
+        record["refused"][subject.size] = outcome.refused
+    record["rows"] = [asdict(row) for row in rows]
+    print(results.table(rows))
+    for where, refused in record["refused"].items():
+        for name, why in refused.items():
+            print(f"not run at {where}: {name}: {why}")
+    print(f"written: {environment.keep(record, 'bench', out)}")
+
+
+@app.command(
+    "compare", help="Say what changed between two results beyond noise; leaves with 1 where something got worse."
+)
+def compare(
+    before: Annotated[Path, typer.Argument(help="A JSON file of `flux2-local bench`.")],
+    after: Annotated[Path, typer.Argument(help="A later one.")],
+    as_json: options.Json = False,
+) -> None:
+    from ..bench import compare as comparing
+
+    found = comparing.compare(comparing.read(before), comparing.read(after))
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        for line in (*found.caveats, *found.changes):
+            print(line)
+        print(f"{len(found.worse)} of {len(found.changes)} figures got worse beyond noise")
+    if found.worse:
+        raise typer.Exit(1)

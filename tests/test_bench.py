@@ -1,0 +1,120 @@
+"""Benchmarks: contenders in their own processes, what they keep, and comparing two results."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from flux2_local.bench import compare, contenders, metrics, results, runner
+from flux2_local.bench.contenders import CONTENDERS
+from flux2_local.bench.subject import PROMPTS, Subject
+from flux2_local.cli import app
+from flux2_local.errors import RequestError
+
+SUBJECT = Subject("tiny", "cpu", 512, 512, 4)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    names = ["standard, none", "flash", "diffusers, model offload"]
+    said = []
+    return runner.run([CONTENDERS[n] for n in names], SUBJECT, PROMPTS, 1, False, said.append)
+
+
+@pytest.mark.slow
+def test_the_exact_tier_has_the_stock_pipelines_pixels():
+    chosen = contenders.select(["diffusers"])
+    rows = results.rows(runner.run(chosen, SUBJECT, PROMPTS, 1, True, print), SUBJECT, {"float32": 1e11})
+    assert {row.name: row.psnr for row in rows} == {"diffusers": metrics.SAME, "standard, none": metrics.SAME}
+
+
+def test_each_contender_is_held_against_the_exact_tier(outcome):
+    assert list(outcome.samples) == ["standard, none", "flash"]
+    rows = {row.name: row for row in results.rows(outcome, SUBJECT, {"float32": 1e11, "bfloat16": 1e11})}
+    assert rows["standard, none"].psnr == metrics.SAME and rows["standard, none"].gmsd == 0
+    assert rows["flash"].psnr < 60 and rows["flash"].steps == 4
+    for row in rows.values():
+        assert row.load_seconds > 0 and row.first_seconds > 0 and row.host_bytes > 2**26
+        assert row.fastest <= row.seconds <= row.slowest and row.share > 0
+    assert json.loads(json.dumps(asdict(rows["flash"])))["plan"]["dtype"]
+
+
+def test_what_cannot_run_says_why(outcome):
+    assert "needs cuda" in outcome.refused["diffusers, model offload"]
+
+
+def test_a_contender_that_fails_is_a_result_and_the_others_go_on():
+    missing = replace(SUBJECT, model="/nowhere/model")
+    said = []
+    outcome = runner.run([CONTENDERS["flash"]], missing, PROMPTS, 1, False, said.append)
+    assert not outcome.samples and "/nowhere/model" in outcome.refused["flash"] and said[0].startswith("flash: ")
+    assert results.rows(outcome, missing, {}) == []
+
+
+def test_an_unknown_contender_is_refused_with_the_list():
+    with pytest.raises(RequestError, match="torchao int8"):
+        contenders.select(["nobody"])
+    assert [c.name for c in contenders.select(["flash"])] == ["diffusers", "standard, none", "flash"]
+
+
+def test_gmsd_grows_with_damage():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    noisy = [np.clip(picture + rng.normal(0, s, picture.shape), 0, 255).astype(np.uint8) for s in (2, 40)]
+    same, little, much = (metrics.gmsd(picture, p) for p in (picture, *noisy))
+    assert same == 0 and 0 < little < much
+
+
+def row(seconds, **more):
+    return {"size": "512×512", "name": "flash", "seconds": sorted(seconds)[len(seconds) // 2], "fastest": min(seconds),
+            "slowest": max(seconds), "samples": seconds, **more}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [([1.0, 1.2, 1.1], ""), ([1.5, 1.6, 1.7], "worse"), ([0.5, 0.6, 0.7], "better"), ([1.21, 1.1, 1.3], "")],
+)
+def test_only_what_lies_outside_the_spread_has_changed(after, verdict):
+    (change,) = compare.changes_of(row([1.0, 1.1, 1.2]), row(after))
+    assert change.verdict == verdict
+
+
+def test_memory_quality_and_ratio_are_compared():
+    old = row([1.0, 1.1], ratio=2.0, ratios=[1.9, 2.1], host_bytes=100, psnr=40.0)
+    new = row([1.0, 1.1], ratio=3.0, ratios=[2.9, 3.1], host_bytes=110, psnr=39.0)
+    verdicts = {change.figure: change.verdict for change in compare.changes_of(old, new)}
+    assert verdicts == {"seconds": "", "ratio": "better", "host_bytes": "worse", "psnr": "worse"}
+
+
+def test_compare_on_the_command_line(tmp_path):
+    paths = []
+    for name, seconds in (("a", [1.0, 1.1]), ("b", [2.0, 2.1])):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"device": name, "rows": [row(seconds)]}))
+    invoke = partial(CliRunner().invoke, app)
+    worse = invoke(["bench", "compare", *map(str, paths)])
+    assert worse.exit_code == 1 and "worse" in worse.output and "device: a before, b after" in worse.output
+    assert invoke(["bench", "compare", *map(str, reversed(paths)), "--json"]).exit_code == 0
+    (tmp_path / "c.json").write_text("{}")
+    assert isinstance(invoke(["bench", "compare", str(paths[0]), str(tmp_path / "c.json")]).exception, RequestError)
+
+
+def test_results_of_earlier_versions_are_read():
+    from flux2_local.bench.environment import RESULTS
+
+    record = compare.read(RESULTS / "speed-2026-11-23.json")
+    assert not compare.compare(record, record).worse
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.argv=['flux2-local','bench','--help']\n"
+        "try:\n from flux2_local.cli import main; main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "compare" in done.stdout and done.stdout.endswith("False\n")
