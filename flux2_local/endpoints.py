@@ -170,6 +170,7 @@ def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
         None,
         a.get("attention", "auto"),
         a.get("quantize", "auto"),
+        a.get("compile"),
     )
     checkpoint, plan = choose(a.get("model"), settings, find_hardware(a.get("device")), Work(), a.get("base"))
     return checkpoint.source, plan

@@ -15,9 +15,11 @@ from torch import nn
 from . import attention, weights
 from . import lora as loras
 from .costs import Architecture
+from .files import cache_folder
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.compiled import compile_blocks
 from .model.language import LanguageConfig, LanguageModel
 from .model.meta import meta
 from .model.native import NATIVE
@@ -94,6 +96,8 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device),
         fill(text_encoder, plan.text_encoder, plan.dtype, Source(checkpoint, "text_encoder"), device),
     )
+    if plan.compile == "blocks":
+        compile_blocks(transformer, cache_folder("compiled"))
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
     if plan.fold_upsampling:
         vae.fold_upsampling()

@@ -48,6 +48,7 @@ class Settings:
         adapters: the user's LoRAs.
         attention: "auto", or the attention backend insisted on.
         quantize: "auto", "none" or the format that the weights are to have.
+        compiled: whether torch.compile is to be used, or None to leave it to the plan.
     """
 
     variant: Variant
@@ -57,6 +58,7 @@ class Settings:
     adapters: tuple[lora.Lora, ...]
     attention: str = AUTO
     quantize: str = "auto"
+    compiled: bool | None = None
 
     def plan(self, need: Need, hardware: Hardware) -> Plan:
         """How ``need`` is met within these settings.
@@ -65,7 +67,7 @@ class Settings:
             BackendUnavailableError: something insisted on cannot be used.
             BudgetError: nothing fits.
         """
-        return make_plan(need, hardware, self.vram, self.dtype, self.attention, self.quantize)
+        return make_plan(need, hardware, self.vram, self.dtype, self.attention, self.quantize, self.compiled)
 
 
 class Flux2:
@@ -105,6 +107,7 @@ class Flux2:
         lora: LoraSource | list[LoraSource] | None = None,
         base: str | Path | None = None,
         attention: str = AUTO,
+        compile: bool | None = None,  # noqa: A002
     ) -> Flux2:
         """Find a model, plan for this machine and load it. Nothing is downloaded.
 
@@ -121,13 +124,15 @@ class Flux2:
             lora: LoRA files to merge in: a path or "owner/name:file", or (that, strength), or a list of them.
             base: for a single file, the model whose text encoder and autoencoder go with it.
             attention: a backend of :mod:`flux2_local.attention` to insist on; "auto" takes the fastest that the tier permits.
+            compile: True has torch.compile take the transformer's blocks: slow to start, worth it for hundreds of pictures; what is
+                compiled is kept for the next process. None leaves it to the plan.
 
         Raises:
             RequestError: an argument that is none of its allowed values.
             ModelError: the model is unknown, missing or damaged.
             PlanError: the device is not there, the attention backend cannot be used, or the model does not fit.
         """
-        settings = make_settings(variant, acceleration, vram, dtype, lora, attention, quantize)
+        settings = make_settings(variant, acceleration, vram, dtype, lora, attention, quantize, compile)
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(
@@ -292,6 +297,7 @@ def make_settings(
     adapters: LoraSource | list[LoraSource] | None,
     attention: str = AUTO,
     quantize: str = "auto",
+    compiled: bool | None = None,
 ) -> Settings:
     """Check the arguments of :meth:`Flux2.load`.
 
@@ -315,7 +321,7 @@ def make_settings(
     given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
     found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found, attention, quantize)  # type: ignore[arg-type]
+    return Settings(variant, acceleration, budget, dtype, found, attention, quantize, compiled)  # type: ignore[arg-type]
 
 
 def find_hardware(device: str | None, ram: int | None = None) -> Hardware:

@@ -15,9 +15,10 @@ from . import attention as attentions
 from . import costs, quant
 from .candidates import SYSTEM_RESERVE, Candidate, Draft, Need, Placement, Terms, layouts, least
 from .costs import Work
-from .errors import BudgetError
+from .errors import BackendUnavailableError, BudgetError
 from .hardware import Hardware
 from .model import kernels
+from .model.compiled import reason_against
 from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
 
@@ -77,7 +78,7 @@ class Plan:
         transformer, text_encoder, vae: format and placement of the three networks.
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
-        compile: "off", or what is compiled.
+        compile: "off", or "blocks" where torch.compile makes one graph of each kind of block.
         cache: when steps may be skipped; None computes all.
         batch: pictures of one size that are denoised together, where so many are asked for.
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
@@ -139,6 +140,7 @@ def make_plan(
     dtype: str | None = None,
     attention: str = attentions.AUTO,
     quantize: str = "auto",
+    compiled: bool | None = None,
 ) -> Plan:
     """Choose how to run.
 
@@ -149,14 +151,16 @@ def make_plan(
         dtype: compute type, where the caller insists on one.
         attention: "auto", or the attention backend that the caller insists on.
         quantize: "auto", "none", or the weights' format, where the caller insists on one.
+        compiled: whether the transformer's blocks are, where the caller insists on it.
 
     Raises:
-        BackendUnavailableError: the backend or the format insisted on cannot be used on this hardware.
+        BackendUnavailableError: the backend, the format or the compiler insisted on cannot be used on this hardware.
         BudgetError: nothing fits; it carries the smallest budget that would.
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, dtype)
     attention_choice = choose_attention(need, hardware, dtype, attention)
-    ops_choice = choose_ops(need, hardware, dtype)
+    compile_choice = choose_compile(hardware, compiled)
+    ops_choice = choose_ops(need, hardware, dtype, compile_choice.value != "off")
     cache_choice, cache = choose_cache(need)
     folded = folds(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
@@ -182,7 +186,7 @@ def make_plan(
         vae=held,
         attention=attention_choice.value,
         ops=ops_choice.value,
-        compile="off",
+        compile=compile_choice.value,
         cache=cache,
         batch=batch,
         vae_tile=winner.tile,
@@ -202,6 +206,7 @@ def make_plan(
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
             ops_choice,
+            compile_choice,
             layout_choice(need.tier),
             upsampling_choice(need.tier, hardware, dtype),
             cache_choice,
@@ -275,7 +280,7 @@ def built(plan: Plan) -> tuple[Any, ...]:
     """The part of a plan that loading turns into weights and functions. Which blocks stay may change between requests."""
     networks = (replace(held, stay=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
     convolutions = plan.channels_last, plan.fold_upsampling
-    return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops
+    return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops, plan.compile
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -291,7 +296,26 @@ def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> 
     return Choice("attention", picked.name, picked.reason, picked.rejected)
 
 
-def choose_ops(need: Need, hardware: Hardware, dtype: str) -> Choice:
+def choose_compile(hardware: Hardware, asked: bool | None) -> Choice:
+    """Whether torch.compile takes the blocks: only where it is asked for.
+
+    Raises:
+        BackendUnavailableError: it is asked for, and there is no compiler.
+    """
+    if asked:
+        if problem := reason_against(hardware):
+            raise BackendUnavailableError(
+                f"The blocks cannot be compiled on {hardware.name}: {problem}. Leave compile out."
+            )
+        return Choice("compile", "blocks", "asked for", (("off", "asked for"),))
+    if asked is None and hardware.kind == "cpu":
+        lost = "7 s of tracing in every process and 30 s in the first, for 3 to 8 % of a step where that was measured"
+    else:
+        lost = "not asked for" if asked is None else "asked not to"
+    return Choice("compile", "off", "fused operations leave it little", (("blocks", lost),))
+
+
+def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = False) -> Choice:
     """What computes between the matmuls: Triton kernels where they run and rounding may differ."""
     here = place_of("cpu")
     place = Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
@@ -305,6 +329,8 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str) -> Choice:
         why = "fused kernels, each one pass over memory and within rounding of the reference"
         return Choice("ops", "triton", why, (("native", "more passes over memory"), ("reference", slower)))
     lost = (("triton", against or "its products of float32 may be rounded to fewer bits"),)
+    if compiled:
+        return Choice("ops", "reference", "plain torch, of which the compiler makes few passes", lost)
     if hardware.kind == "cpu":
         why = "few of torch's own operators, within float32's rounding of the reference's"
         return Choice("ops", "native", why, (*lost, ("reference", slower)))

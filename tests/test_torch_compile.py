@@ -4,14 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from test_plan import need, need_of
 from torch._dynamo.utils import counters
 
+from flux2_local import BackendUnavailableError, Flux2, load
+from flux2_local import attention as backends
+from flux2_local.hardware import from_preset, probe
 from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.ops import REFERENCE
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
+from flux2_local.plan import built, make_plan
 
 CONFIG = TransformerConfig(
     num_layers=2,
@@ -56,20 +64,12 @@ def fresh(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "matmul"])
 def test_every_size_runs_the_same_two_graphs(fresh, tmp_path, attention):
-    from flux2_local import attention as backends
-
     net, want = network(), network()
-    net.ops = want.ops = REFERENCE if attention == "sdpa" else replaced(backends.load(attention))
+    net.ops = want.ops = replace(REFERENCE, attend=backends.load(attention))
     compile_blocks(net, tmp_path, backend="aot_eager")
     for tokens in SIZES:
         torch.testing.assert_close(forward(net, tokens), forward(want, tokens), rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-
-
-def replaced(attend):
-    from dataclasses import replace
-
-    return replace(REFERENCE, attend=attend)
 
 
 PROGRAM = """
@@ -96,3 +96,23 @@ def test_a_second_process_compiles_nothing(tmp_path):
         answers.append(json.loads(done.stdout.splitlines()[-1]))
     assert all(answer["error"] < 1e-5 for answer in answers)
     assert [(a["fxgraph_cache_miss"], a["fxgraph_cache_hit"]) for a in answers] == [(2, 0), (0, 2)]
+
+
+def test_it_is_planned_where_it_is_asked_for(dev_folder, monkeypatch):
+    hardware = from_preset("cpu-8", 2**36)
+    asked, left = (make_plan(need(), hardware, compiled=wish) for wish in (True, None))
+    assert (asked.compile, asked.ops) == ("blocks", "reference") and (left.compile, left.ops) == ("off", "native")
+    assert built(asked) != built(left) and "compile: off" in str(left) and "not blocks: 7 s of tracing" in str(left)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(BackendUnavailableError, match="no C\\+\\+ compiler; install g\\+\\+"):
+        make_plan(need_of(dev_folder, "regular"), probe("cpu"), compiled=True)
+
+
+def test_a_model_is_loaded_with_its_blocks_compiled(fresh, dev_folder, monkeypatch):
+    """With a backend that only traces, which takes seconds less."""
+    monkeypatch.setattr(load, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    fields = {"image_size": "square", "num_inference_steps": 4, "seed": 1, "enable_safety_checker": False}
+    plain, compiled = (Flux2.load(dev_folder, compile=wish) for wish in (False, True))
+    pictures = [np.asarray(flux.generate("a boat", **fields).images[0].image).astype(int) for flux in (plain, compiled)]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert np.abs(pictures[0] - pictures[1]).mean() < 2

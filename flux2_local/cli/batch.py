@@ -176,6 +176,7 @@ def batch(
     dtype: options.Dtype = None,
     attention: options.Attention = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = None,
     base: options.Base = None,
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -189,7 +190,7 @@ def batch(
     loading = {
         "model": model, "variant": variant or "standard", "acceleration": acceleration, "vram": vram, "device": device,
         "lora": options.parse_loras(lora) or None, "dtype": dtype,
-        "attention": attention, "quantize": quantize, "base": base,
+        "attention": attention, "quantize": quantize, "compile": compiled, "base": base,
     }  # fmt: skip
     loading = {k: v for k, v in loading.items() if v is not None}
     if resume and overwrite:
@@ -278,6 +279,7 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
         loading.get("dtype"),
         None,
         **wishes,
+        compiled=loading.get("compile"),
     )
     told = forecast(job, loading.get("model"), settings, loading.get("device"))
     if as_json:

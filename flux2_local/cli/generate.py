@@ -66,6 +66,7 @@ def generate(
     dtype: options.Dtype = None,
     attention: options.Attention = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = None,
     base: options.Base = None,
     repeat: From = None,
     as_json: options.Json = False,
@@ -95,6 +96,7 @@ def generate(
         "dtype": dtype,
         "attention": attention,
         "quantize": quantize,
+        "compile": compiled,
         "base": base,
     }
     if repeat is not None:
@@ -120,6 +122,7 @@ def edit(
     device: options.Device = None,
     attention: options.Attention = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = None,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -139,6 +142,7 @@ def edit(
         device=device,
         attention=attention,
         quantize=quantize,
+        compiled=compiled,
         as_json=as_json,
         quiet=quiet,
     )

@@ -28,6 +28,7 @@ def plan(
     dtype: options.Dtype = None,
     attention: options.Attention = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = None,
     as_json: options.Json = False,
 ) -> None:
     from ..explore import plan_for
@@ -36,7 +37,9 @@ def plan(
     from ..request import make_request
 
     wishes = {"attention": attention or "auto", "quantize": quantize or "auto"}
-    settings = make_settings(variant or "standard", acceleration or "regular", vram, dtype, None, **wishes)
+    settings = make_settings(
+        variant or "standard", acceleration or "regular", vram, dtype, None, **wishes, compiled=compiled
+    )
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)
     made = plan_for(model, settings, request, device, None if ram is None else parse_bytes(ram))

@@ -49,6 +49,13 @@ Quantize = Annotated[
         help="auto (where memory demands it), none, builtin, or a weight format by name (a wrong one lists them).",
     ),
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="torch.compile the transformer: slow to start, for hundreds of pictures. Default: what the plan says.",
+    ),
+]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
 ]

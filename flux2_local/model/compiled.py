@@ -5,13 +5,31 @@ What is compiled is kept on disk, so that the next process traces but does not c
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.fx.experimental._config as shapes
 
 from .transformer import Flux2Transformer
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+
+
+def reason_against(hardware: Hardware) -> str | None:
+    """Why nothing can be compiled there, with how to get it where it can be got; None if it can."""
+    if hardware.described:
+        return None
+    if hardware.kind == "cpu" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl")
+    ):
+        return "there is no C++ compiler; install g++ or clang"
+    if hardware.kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    return None
 
 
 def compile_blocks(transformer: Flux2Transformer, folder: Path, backend: str = "inductor") -> None:
@@ -22,6 +40,8 @@ def compile_blocks(transformer: Flux2Transformer, folder: Path, backend: str = "
         folder: where compiled code is kept, for the whole process; TORCHINDUCTOR_CACHE_DIR, where set, is used instead.
         backend: of torch.compile.
     """
+    import torch.fx.experimental._config as shapes
+
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     # Otherwise a number of tokens that equals another dimension once is taken to equal it always.
     shapes.use_duck_shape = False
