@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
-from .candidates import Need
+from .candidates import SYSTEM_RESERVE, Need
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
 from .plan import Plan, built, make_plan
-from .presets import devices, parse_bytes, tiers
+from .presets import devices, parse_bytes, show_bytes, tiers
 from .progress import CancelCheck, OnProgress, Progress, Reporter
 from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
 from .result import ImageFile, Result, Timings
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 LoraSource = str | Path | tuple[str | Path, float]
 """A LoRA: a file's path or "owner/name:file", alone or with its strength."""
+
+
+LESS = 0.8
+"""Share of a plan's peak that the next one may have where the memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ class Flux2:
         return Run(self, plan, request, references, report)
 
     def _work(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> list[Result]:
-        """Take requests that run alike through the stages, when it is their turn.
+        """Take requests that run alike through the stages, when it is their turn; where the device's memory runs out, once more
+        with a plan that needs less.
 
         Args:
             runs: at least one.
@@ -194,17 +199,51 @@ class Flux2:
             Flux2Error: as :meth:`generate`.
         """
         try:
-            with self._turn:
-                runs[0].notes += self._adopt(runs[0].plan)
-                with around():
-                    for run in runs:
-                        run.prepare()
-                    paint(runs)
-                    return [run.result() for run in runs]
+            return self._attempt(runs, around)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            cause = str(error)
+        # Outside the handler: the traceback would keep the first attempt's tensors.
+        note = self._plan_for_less(runs, cause)
+        try:
+            results = self._attempt(runs, around)
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._out_of_memory(runs[0].request) from error
             raise
+        return [replace(result, notes=(*result.notes, note)) for result in results]
+
+    def _attempt(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]]) -> list[Result]:
+        with self._turn:
+            runs[0].notes += self._adopt(runs[0].plan)
+            with around():
+                for run in runs:
+                    run.prepare()
+                paint(runs)
+                return [run.result() for run in runs]
+
+    def _plan_for_less(self, runs: list[Run], cause: str) -> str:
+        """Plan ``runs``, and whatever follows, within :data:`LESS` of the memory that was not there; what to tell the user.
+
+        Raises:
+            OutOfMemoryError: nothing needs so little.
+        """
+        failed = runs[0].plan
+        budget = int(LESS * failed.peak_bytes) + SYSTEM_RESERVE[self.hardware.kind]
+        settings = self.settings
+        self.settings = replace(settings, vram=budget)
+        try:
+            for run in runs:
+                run.begin_again(self._plan_for(run.request, run.references))
+        except BudgetError:
+            self.settings = settings
+            raise self._out_of_memory(runs[0].request) from RuntimeError(cause)
+        placement = next(choice.value for choice in runs[0].plan.choices if choice.what == "placement")
+        return (
+            f"The memory of {self.hardware.name} ran out, and {show_bytes(failed.peak_bytes)} had been planned for: something else "
+            f"uses it. From here on plans stay within {show_bytes(budget)}; this one: {placement}."
+        )
 
     def generate_many(
         self,
@@ -400,6 +439,13 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
+
+    def begin_again(self, plan: Plan) -> None:
+        """Forget what a failed attempt has made, and go by another plan."""
+        self.plan = plan
+        self.pictures, self.seconds = [], {}
+        for made in ("text", "negative", "latents"):
+            self.__dict__.pop(made, None)
 
     def prepare(self) -> None:
         """Everything before the first denoising step: ``prompt``, ``text``, ``negative`` and ``latents``."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, Result, images
+from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, Result, images, pipeline
 from flux2_local.pipeline import slug
 
 FAST = {"image_size": "square", "num_inference_steps": 4, "enable_safety_checker": False}
@@ -181,6 +181,28 @@ def test_running_out_of_memory_says_what_to_do(flux, monkeypatch):
     monkeypatch.setattr(flux._components.transformer, "forward", out_of_memory)
     with pytest.raises(OutOfMemoryError, match=r"512×512.*--vram \d+GiB"):
         flux.generate("a boat", **FAST)
+
+
+def test_running_out_of_memory_is_tried_again_with_less(dev_folder, monkeypatch):
+    """Once, with a plan for less, within which whatever follows is planned too."""
+    flux = Flux2.load(dev_folder)
+    begun, peaks, work = [], [], pipeline.paint
+
+    def crowded(runs):
+        begun.append(len(runs[0].pictures))
+        peaks.append(runs[0].plan.peak_bytes)
+        work(runs)
+        if len(begun) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "paint", crowded)
+    fields = {**FAST, "image_size": {"width": 1024, "height": 1024}, "seed": 2}
+    first = flux.generate("a boat", **fields)
+    assert begun == [0, 0] and peaks[1] <= 0.8 * peaks[0] and len(first.images) == 1
+    assert any("ran out" in note and "something else uses it" in note for note in first.notes)
+    again = flux.generate("a boat", **fields)
+    assert peaks[2] == peaks[1] and not any("ran out" in note for note in again.notes)
+    assert np.array_equal(pixels(first), pixels(again))
 
 
 def test_other_errors_are_not_dressed_up(flux, monkeypatch):
