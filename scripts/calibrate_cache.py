@@ -22,9 +22,9 @@ from flux2_local.pipeline import Run
 from flux2_local.presets import CachePolicy
 from flux2_local.progress import Reporter
 
-THRESHOLDS = (0.04, 0.07, 0.1, 0.15, 0.25, float("inf"))
-LIMITS = (1, 2, 3, 5)
-WARMUPS = (3, 5)
+THRESHOLDS = (0.1, 0.15, 0.25, float("inf"))
+LIMITS = (1, 2, 3, 4)
+WARMUPS = (3, 4, 5)
 
 
 def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> tuple[list[np.ndarray], float]:

@@ -1,4 +1,4 @@
-"""``flux2-local bench`` and ``flux2-local bench compare``."""
+"""``flux2-local bench``, ``bench compare`` and ``bench report``."""
 
 from __future__ import annotations
 
@@ -99,3 +99,17 @@ def compare(
         print(f"{len(found.worse)} of {len(found.changes)} figures got worse beyond noise")
     if found.worse:
         raise typer.Exit(1)
+
+
+@app.command("report", help="Write a result as a Markdown page with plots of seconds against quality.")
+def report(
+    result: Annotated[Path, typer.Argument(help="A JSON file of `flux2-local bench`.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page to write (default: beside the result).")
+    ] = None,
+) -> None:
+    from ..bench.compare import read
+    from ..bench.report import report as write
+
+    for path in write(read(result), out or result.with_suffix(".md")):
+        print(f"written: {path}")

@@ -1,0 +1,111 @@
+"""A result as a page: its environment, the table, and a plot of seconds against quality for every size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendUnavailableError, RequestError
+from ..files import replacing, write
+from .results import Row, table
+
+EQUAL = 60.0
+"""Decibels at which equal pictures are drawn, whose PSNR has no bound."""
+
+COLOURS = {"ours": "#2563eb", "peer": "#ea580c", "floor": "#6b7280"}
+LEGEND = {"ours": "flux2-local", "peer": "others", "floor": "rounding alone"}
+
+
+def report(record: dict[str, Any], page: Path) -> list[Path]:
+    """Write ``page`` (Markdown) and a plot beside it for every size.
+
+    Args:
+        record: what ``flux2-local bench`` wrote.
+        page: the file; plots are named after it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        RequestError: the record was kept by an earlier version.
+        BackendUnavailableError: matplotlib is not installed.
+        OutputError: something cannot be written; what was being written leaves nothing behind.
+    """
+    try:
+        rows = [Row(**row) for row in record["rows"]]
+    except TypeError as error:
+        raise RequestError(
+            f"The result is of an earlier layout ({error}). Measure anew with `flux2-local bench`."
+        ) from None
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    plots = [page.with_name(f"{page.stem}-{size}.png") for size in sizes]
+    for size, path in zip(sizes, plots, strict=True):
+        plot([row for row in rows if row.size == size], path)
+    lines = [
+        f"# {record['model']}, {record['steps']} steps, medians of {record['rounds']}",
+        "",
+        *environment(record),
+        "",
+    ]
+    lines += [f"![Seconds against PSNR at {size}]({path.name})" for size, path in zip(sizes, plots, strict=True)]
+    lines += ["", table(rows), "", *(f"- **{name}**: {note}" for name, note in {r.name: r.note for r in rows}.items())]
+    refused = [f"- {name} at {size}: {why}" for size, whys in record["refused"].items() for name, why in whys.items()]
+    lines += ["", "Not run:", "", *refused] if refused else []
+    return [write(page, ("\n".join(lines) + "\n").encode()), *plots]
+
+
+def environment(record: dict[str, Any]) -> list[str]:
+    """Where the figures come from, a line each."""
+    figures = {"rows", "refused", "model", "steps", "rounds"}
+    return [f"- {name}: {value}" for name, value in record.items() if name not in figures]
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Those that nothing beats in both seconds and PSNR, the quickest first."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, -row.psnr)):
+        if not best or row.psnr > best[-1].psnr:
+            best.append(row)
+    return best
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
+
+    Distilled variants draw other pictures by design, so that PSNR says nothing about them: they are marks on the time axis.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"Plots need a package that is not installed ({error.name}): pip install 'flux2-local[bench]'."
+        ) from error
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    same = [row for row in rows if row.name not in ("turbo", "flash")]
+    height = {id(row): min(row.psnr, EQUAL) for row in rows}
+    for group, colour in COLOURS.items():
+        mine = [row for row in same if row.group == group]
+        if mine:
+            axes.scatter(
+                [r.seconds for r in mine], [height[id(r)] for r in mine], color=colour, label=LEGEND[group], zorder=3
+            )
+    for row in same:
+        axes.annotate(row.name, (row.seconds, height[id(row)]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    edge = frontier(same)
+    axes.plot([r.seconds for r in edge], [height[id(r)] for r in edge], color="#9ca3af", linewidth=1, zorder=1)
+    for row in rows:
+        if row not in same:
+            axes.axvline(row.seconds, color=COLOURS["ours"], linewidth=1, linestyle=":")
+            axes.annotate(row.name, (row.seconds, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds a picture, median (logarithmic)")
+    axes.set_ylabel(f"PSNR against none, dB (equal pictures at {EQUAL:g})")
+    axes.set_title(f"{rows[0].size}: the upper left is better")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format="png")
