@@ -32,7 +32,8 @@ def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> t
     pictures, seconds = [], []
     for seed in range(count):
         request = Request(prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, enable_safety_checker=False)
-        result = Run(flux, replace(flux.plan, cache=policy), request, Reporter(None, None)).result()
+        run = Run(flux, replace(flux.plan, cache=policy), request, [], Reporter(None, None))
+        (result,) = flux._work([run])
         pictures.append(np.asarray(result.images[0].image))
         seconds.append(result.timings.denoise)
     return pictures, statistics.median(seconds)

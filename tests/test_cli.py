@@ -170,7 +170,7 @@ def test_plan_explains_this_machine_and_others(dev_folder):
     here = invoke("plan", "-m", dev_folder).stdout
     assert "placement" in here and "predicted" in here and "dtype" in here
     there = invoke("plan", "--device", "rtx-4090", "--ram", "32GiB", "-m", "klein-4b", "-v", "turbo").stdout
-    assert "klein-4b, turbo" in there and "peak" in there
+    assert "klein-4b, turbo" in there and "at most" in there and "weighed, quickest first" in there
     facts = json.loads(invoke("plan", "-m", dev_folder, "--json").stdout)
     assert facts["transformer"]["format"] in ("float32", "bfloat16") and facts["seconds"] > 0
 

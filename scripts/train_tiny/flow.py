@@ -35,6 +35,10 @@ STRESS = 5.0
 """How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
 their shapes a part of that, while a prompt is mostly about them."""
 
+SHIFT = 6.0
+"""How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided above σ = 0.8: there
+the error on a thing grows by 2 to 3% when its prompt names another, below 0.7 by less than 1%."""
+
 MAX_GUIDANCE = 10.0
 
 
@@ -83,9 +87,9 @@ class Samples:
         return torch.from_numpy(rows[chosen]).float().to(self.run.device), scenes, words, bucket
 
     def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by 3 towards noise."""
+        """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise."""
         u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
-        sigma = 3 * u / (1 + 2 * u)
+        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         noise = torch.randn_like(x0)
         s = sigma[:, None, None]
         return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
