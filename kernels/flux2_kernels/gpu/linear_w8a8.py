@@ -255,7 +255,8 @@ def launch(
     constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
     constants |= {"TOTAL": tl.int32 if values.dtype == torch.int8 else tl.float32, "GATED": gate is not None}
     constants["SHARED"] = gate is None or gate.shape[0] == 1
-    constants["PARTS"] = 1 if gate is None else max(config["BLOCK_N"] // GATED_COLUMNS, 1)
+    whole = gate is None and out.element_size() <= 2
+    constants["PARTS"] = 1 if whole else max(config["BLOCK_N"] // GATED_COLUMNS, 1)
     if not config.get("descriptors"):
         arguments["x_row"] = values.stride(1)
         constants["EVEN"] = depth % config["BLOCK_K"] == 0
