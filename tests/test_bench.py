@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from flux2_local.bench import compare, contenders, metrics, report, results, runner
+from flux2_local.bench import compare, contenders, metrics, peers, report, results, runner
 from flux2_local.bench.contenders import CONTENDERS
 from flux2_local.bench.subject import PROMPTS, Subject
 from flux2_local.cli import app
-from flux2_local.errors import RequestError
+from flux2_local.errors import BudgetError, RequestError
 
 SUBJECT = Subject("tiny", "cpu", 512, 512, 4)
 
@@ -56,6 +56,20 @@ def test_a_contender_that_fails_is_a_result_and_the_others_go_on():
     outcome = runner.run([CONTENDERS["flash"]], missing, PROMPTS, 1, False, said.append)
     assert not outcome.samples and "/nowhere/model" in outcome.refused["flash"] and said[0].startswith("flash: ")
     assert results.rows(outcome, missing, {}) == []
+
+
+def test_what_the_host_cannot_hold_is_not_tried(monkeypatch):
+    small = replace(peers.probe("cpu"), free=2**20)
+    monkeypatch.setattr(peers, "probe", lambda device: small)
+    with pytest.raises(BudgetError, match=r"its weights are .* 1.0 MiB of memory are free"):
+        peers.pipeline(SUBJECT)
+
+
+def test_without_the_stock_pipeline_its_16_bit_form_is_the_base(outcome):
+    taken = dict(outcome.samples)
+    both = {"flash": taken["flash"], contenders.IN_16_BIT: taken["standard, none"]}
+    rows = results.rows(replace(outcome, samples=both), SUBJECT, {"float32": 1e11, "bfloat16": 1e11})
+    assert [row.ratio == 1 for row in rows] == [False, True] and rows[1].psnr == metrics.SAME
 
 
 def test_an_unknown_contender_is_refused_with_the_list():

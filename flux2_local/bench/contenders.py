@@ -92,8 +92,9 @@ OFFLOAD = {
     "kinds": ("cuda",),
     "why_kinds": "offloading moves weights between host and card, and without a card there is nothing to move",
 }
-REFERENCE, BASE = "standard, none", "diffusers"
-"""Quality is held against the pictures of the first, speed against the seconds of the second."""
+REFERENCE, BASE, IN_16_BIT = "standard, none", "diffusers", "diffusers, 16 bit"
+"""Quality is held against the pictures of the first, speed against the seconds of the second, or the third where that is too
+large."""
 
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
@@ -108,7 +109,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("none, another dtype", "floor", "rounding: none in bfloat16 (float32 where none is 16 bit)", in_another_dtype),
         mine("none, another kernel", "rounding: none with attention written out", "standard", "none", "floor",
              attention="sdpa-math"),
-        theirs("diffusers, 16 bit", "eager, in the device's fast 16-bit type", peers.plain),
+        theirs(IN_16_BIT, "eager, in the device's fast 16-bit type", peers.plain),
         theirs("diffusers, compiled", "16 bit, compile_repeated_blocks(fullgraph=True)", peers.compiled),
         theirs("cache-dit", "16 bit, eager, DBCache defaults (small models: one first block)", peers.cache_dit, needs=("cache-dit",)),
         theirs("cache-dit, compiled", "the same, then compile_repeated_blocks", peers.cache_dit_compiled,
@@ -116,6 +117,8 @@ CONTENDERS: dict[str, Contender] = {
         theirs("torchao int8", "int8 dynamic activations and weights, compiled", peers.torchao_int8, needs=("torchao",)),
         theirs("torchao fp8", "fp8 dynamic activations and weights per row, compiled", peers.torchao_fp8, kinds=("cuda",),
                needs=("torchao",), why_kinds="torchao multiplies in fp8 on cards of compute capability 8.9 and newer"),
+        Contender("stable-diffusion.cpp", "peer", "q8_0 weights; its own noise and rounding", peers.stable_diffusion_cpp, ("cpu",),
+                  ("stable-diffusion-cpp-python",), "it is measured where it is at home"),
         theirs("diffusers, model offload", "16 bit, enable_model_cpu_offload", peers.model_offload, **OFFLOAD),
         theirs("diffusers, sequential offload", "16 bit, enable_sequential_cpu_offload", peers.sequential_offload, **OFFLOAD),
         theirs("diffusers, group offload", "16 bit, block-level groups prefetched on a stream", peers.group_offload, **OFFLOAD),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import store
-from ..hardware import probe
+from .. import costs, load, store
+from ..errors import BudgetError, ModelError
+from ..hardware import probe, usable_cores
+from ..presets import show_bytes
 from .subject import GUIDANCE, Loaded, Subject
 
 if TYPE_CHECKING:
@@ -55,10 +57,17 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
 
 
 def from_disk(subject: Subject, dtype: torch.dtype) -> tuple[Any, ModelPreset]:
-    """The pipeline on the host, and how its model is used."""
+    """The pipeline on the host, and how its model is used.
+
+    Raises:
+        BudgetError: its weights alone are more than the host's memory.
+    """
     import diffusers
 
     checkpoint = store.find(subject.model, "standard")
+    weights = costs.checkpoint_parameters(load.architecture(checkpoint)) * dtype.itemsize
+    if weights > (ram := probe("cpu").free):
+        raise BudgetError(f"its weights are {show_bytes(weights)}, and {show_bytes(ram)} of memory are free", weights)
     kind = getattr(diffusers, checkpoint.preset.pipeline)
     return kind.from_pretrained(checkpoint.folder, torch_dtype=dtype), checkpoint.preset
 
@@ -126,3 +135,36 @@ def group_offload(pipe: Any, subject: Subject) -> None:
         num_blocks_per_group=1,
         use_stream=True,
     )
+
+
+def stable_diffusion_cpp(subject: Subject) -> Loaded:
+    """stable-diffusion.cpp with its 8-bit weights (q8_0, made while loading) and the flags that its page on FLUX.2 names.
+
+    Raises:
+        ModelError: the checkpoint lacks a file that it reads: the transformer in Black Forest Labs' naming, or the text encoder
+            in one piece.
+    """
+    from stable_diffusion_cpp import StableDiffusion
+
+    folder = store.find(subject.model, "standard").folder
+    parts = {"diffusion_model_path": folder, "llm_path": folder / "text_encoder", "vae_path": folder / "vae"}
+    files = {name: sorted(place.glob("*.safetensors")) for name, place in parts.items()}
+    for name, found in files.items():
+        if len(found) != 1:
+            raise ModelError(
+                f"stable-diffusion.cpp reads one .safetensors file in {parts[name]}, and there are {len(found)}."
+            )
+    engine = StableDiffusion(
+        **{name: str(found[0]) for name, found in files.items()},
+        wtype="q8_0",
+        diffusion_flash_attn=True,
+        n_threads=usable_cores(),
+        verbose=False,
+    )
+
+    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+        size = {"width": subject.width, "height": subject.height}
+        (picture,) = engine.generate_image(prompt, **size, sample_steps=subject.steps, cfg_scale=1.0, seed=seed)
+        return np.asarray(picture.convert("RGB")), {}
+
+    return Loaded(draw, {"dtype": "float32", "steps": subject.steps})

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import costs, load, store
 from ..costs import Work
-from .contenders import BASE, CONTENDERS, REFERENCE
+from .contenders import BASE, CONTENDERS, IN_16_BIT, REFERENCE
 from .metrics import gmsd, psnr, ssim
 from .runner import Outcome, Samples
 from .subject import Subject
@@ -66,14 +66,18 @@ class Row:
 def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Row]:
     """The figures of every contender that ran.
 
-    Without the exact tier quality is held against the stock pipeline; without that, against the first that ran.
+    Where the stock pipeline does not fit, its 16-bit form takes its place, and without the exact tier quality is held against
+    them; without those, against the first that ran.
     """
     samples = outcome.samples
     if not samples:
         return []
     first = next(iter(samples))
-    against = samples[next((name for name in (REFERENCE, BASE) if name in samples), first)]
-    base = samples[BASE if BASE in samples else first]
+
+    def one_of(*names: str) -> Samples:
+        return samples[next((name for name in names if name in samples), first)]
+
+    against, base = one_of(REFERENCE, BASE, IN_16_BIT), one_of(BASE, IN_16_BIT)
     return [row(name, taken, against, base, subject, rates) for name, taken in samples.items()]
 
 

@@ -1,0 +1,178 @@
+"""Write a published model at full size with random weights, for measuring speed where the real ones cannot be had.
+
+    python scripts/random_model.py klein-4b build/klein-4b
+
+What lies in the folder is what lies on the hub: every network's safetensors and configuration, and the transformer once more in one
+file in Black Forest Labs' own naming, as other programs read it. Weights are normal numbers of variance 1 / inputs, 16 bit, the
+same for one seed. What such a model draws is noise; what it costs is what the real one costs. The tokenizer knows single bytes only:
+a prompt is padded to the same number of tokens either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from flux2_local.files import check_folder
+from flux2_local.presets import families, show_bytes
+
+FAMILIES = ("klein-4b", "klein-9b")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- endif %}"
+)
+DOUBLE = {
+    "attn.norm_q": "img_attn.norm.query_norm.scale",
+    "attn.norm_k": "img_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj.weight",
+    "ff.linear_in": "img_mlp.0.weight",
+    "ff.linear_out": "img_mlp.2.weight",
+    "attn.norm_added_q": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out": "txt_attn.proj.weight",
+    "ff_context.linear_in": "txt_mlp.0.weight",
+    "ff_context.linear_out": "txt_mlp.2.weight",
+}
+FUSED = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+SINGLE = {
+    "attn.to_qkv_mlp_proj": "linear1.weight",
+    "attn.to_out": "linear2.weight",
+    "attn.norm_q": "norm.query_norm.scale",
+    "attn.norm_k": "norm.key_norm.scale",
+}
+AROUND = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+"""diffusers' names of layers -> Black Forest Labs' names; diffusers' ``convert_flux2_transformer_checkpoint_to_diffusers`` is
+the way back."""
+
+
+def drawn(network: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Weights for a network on the meta device, bfloat16."""
+    draw, found = torch.Generator().manual_seed(seed), {}
+    for name, like in network.state_dict().items():
+        if like.ndim < 2:
+            found[name] = torch.zeros(like.shape) if name.endswith(("bias", "mean")) else torch.ones(like.shape)
+        else:
+            found[name] = torch.empty(like.shape, dtype=torch.bfloat16).normal_(generator=draw)
+            found[name] *= like[0].numel() ** -0.5
+        found[name] = found[name].to(torch.bfloat16 if like.is_floating_point() else like.dtype)
+    return found
+
+
+def as_published(weights: dict[str, Tensor], doubles: int, singles: int) -> Iterator[tuple[str, Tensor]]:
+    """The transformer's weights under the names of the makers' own file."""
+    for old, new in AROUND.items():
+        value = weights[f"{old}.weight"]
+        # The makers' file has the shift first, the hub's layout the scale.
+        yield f"{new}.weight", torch.cat(value.chunk(2)[::-1]) if old == "norm_out.linear" else value
+    for i in range(doubles):
+        block = f"transformer_blocks.{i}."
+        for old, new in DOUBLE.items():
+            yield f"double_blocks.{i}.{new}", weights[f"{block}{old}.weight"]
+        for stream, names in FUSED.items():
+            yield (
+                f"double_blocks.{i}.{stream}_attn.qkv.weight",
+                torch.cat([weights[f"{block}attn.{n}.weight"] for n in names]),
+            )
+    for i in range(singles):
+        for old, new in SINGLE.items():
+            yield f"single_blocks.{i}.{new}", weights[f"single_transformer_blocks.{i}.{old}.weight"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with Qwen's chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate([*letters, *SPECIAL])}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    end, *others = SPECIAL
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=others[-1],
+        pad_token=end,
+        additional_special_tokens=others,
+        padding_side="right",
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def write(family: str, folder: Path, seed: int) -> None:
+    """All files of ``family`` below ``folder``."""
+    numbers = families()[family]
+    text = {k: v for k, v in numbers["text_encoder"].items() if k != "model_type"}
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")}}
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(**numbers["transformer"])
+        vae = AutoencoderKLFlux2(**numbers["vae"])
+        encoder = Qwen3ForCausalLM(Qwen3Config(**text, **theta, tie_word_embeddings=True, dtype="bfloat16"))
+    parts: tuple[tuple[str, nn.Module, str], ...] = (
+        ("transformer", transformer, "diffusion_pytorch_model"),
+        ("text_encoder", encoder, "model"),
+        ("vae", vae, "diffusion_pytorch_model"),
+    )
+    for number, (part, network, name) in enumerate(parts):
+        home = folder / part
+        home.mkdir(parents=True, exist_ok=True)
+        weights = drawn(network, seed + number)
+        if part == "text_encoder":
+            del weights["lm_head.weight"]  # it is the embedding
+            network.config.to_json_file(home / "config.json", use_diff=False)
+        else:
+            network.save_config(home)
+        save_file(weights, home / f"{name}.safetensors", metadata={"format": "pt"})
+        print(f"{home}: {show_bytes((home / f'{name}.safetensors').stat().st_size)}", flush=True)
+        if part == "transformer":
+            doubles, singles = numbers[part]["num_layers"], numbers[part]["num_single_layers"]
+            published = {k: v.contiguous() for k, v in as_published(weights, doubles, singles)}
+            save_file(published, folder / f"flux-2-{family}.safetensors")
+    FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+    ).save_pretrained(folder / "scheduler")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        "is_distilled": True,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already; name another folder")
+    transformer, text = {"klein-4b": (8, 9), "klein-9b": (19, 17)}[args.family]
+    check_folder(args.folder.absolute().parent, (2 * transformer + text) * 10**9)
+    write(args.family, args.folder, args.seed)
+
+
+if __name__ == "__main__":
+    main()
