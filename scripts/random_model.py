@@ -26,6 +26,7 @@ from flux2_local.files import check_folder
 from flux2_local.presets import families, show_bytes
 
 FAMILIES = ("klein-4b", "klein-9b")
+PUBLISHED = "transformer.safetensors"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -116,6 +117,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def write_network(file: Path, network: nn.Module, seed: int) -> None:
+    """One network's folder; a transformer also in the makers' naming beside it. Holds one network's weights at a time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    weights = drawn(network, seed)
+    if isinstance(network, Qwen3ForCausalLM):
+        del weights["lm_head.weight"]  # it is the embedding
+        network.config.to_json_file(file.parent / "config.json", use_diff=False)
+    else:
+        network.save_config(file.parent)
+    save_file(weights, file, metadata={"format": "pt"})
+    print(f"{file}: {show_bytes(file.stat().st_size)}", flush=True)
+    if isinstance(network, Flux2Transformer2DModel):
+        numbers = network.config.num_layers, network.config.num_single_layers
+        published = {k: v.contiguous() for k, v in as_published(weights, *numbers)}
+        save_file(published, file.parent.parent / PUBLISHED)
+
+
 def write(family: str, folder: Path, seed: int) -> None:
     """All files of ``family`` below ``folder``."""
     numbers = families()[family]
@@ -131,20 +149,7 @@ def write(family: str, folder: Path, seed: int) -> None:
         ("vae", vae, "diffusion_pytorch_model"),
     )
     for number, (part, network, name) in enumerate(parts):
-        home = folder / part
-        home.mkdir(parents=True, exist_ok=True)
-        weights = drawn(network, seed + number)
-        if part == "text_encoder":
-            del weights["lm_head.weight"]  # it is the embedding
-            network.config.to_json_file(home / "config.json", use_diff=False)
-        else:
-            network.save_config(home)
-        save_file(weights, home / f"{name}.safetensors", metadata={"format": "pt"})
-        print(f"{home}: {show_bytes((home / f'{name}.safetensors').stat().st_size)}", flush=True)
-        if part == "transformer":
-            doubles, singles = numbers[part]["num_layers"], numbers[part]["num_single_layers"]
-            published = {k: v.contiguous() for k, v in as_published(weights, doubles, singles)}
-            save_file(published, folder / f"flux-2-{family}.safetensors")
+        write_network(folder / part / f"{name}.safetensors", network, seed + number)
     FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
     ).save_pretrained(folder / "scheduler")

@@ -32,7 +32,7 @@ def picture(flux):
 def test_the_folder_runs_and_the_makers_file_is_the_same_model(folder):
     first = picture(Flux2.load(folder, acceleration="none"))
     assert first.std() > 1
-    file = folder / "flux-2-klein-4b.safetensors"
+    file = folder / random_model.PUBLISHED
     assert np.array_equal(first, picture(Flux2.load(file, base=folder, acceleration="none")))
 
 
