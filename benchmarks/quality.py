@@ -3,6 +3,7 @@
     python -m benchmarks.quality                     # 200 prompts, every variant and tier: an hour on two CPU cores
     python -m benchmarks.quality --prompts 24        # a first look
     python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
+    python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
 judge reads them, beside the judge's score on the drawings themselves (the ceiling); and PSNR and SSIM of each tier against
@@ -12,6 +13,7 @@ judge reads them, beside the judge's score on the drawings themselves (the ceili
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
@@ -35,6 +37,10 @@ from scripts.train_tiny.render import render
 from scripts.train_tiny.scenes import Scene, random_scene
 
 from . import judge
+
+CARD = Path(__file__).parent.parent / "flux2_local" / "tiny" / "README.md"
+BEGIN, END = "<!-- quality -->\n", "<!-- /quality -->"
+"""What stands between them in the model card is a result's."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,25 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+def write_card(result: Path, card: Path = CARD) -> None:
+    """Put a result's adherence into the model card, between its markers, with the result's name."""
+    text = card.read_text("utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    card.write_text(before + BEGIN + card_table(result) + END + after, "utf-8")
+
+
+def card_table(result: Path) -> str:
+    """What the model card shows of a result, as Markdown."""
+    record = json.loads(result.read_text("utf-8"))
+    scores = [Score(**row) for row in record["scores"]]
+    names = list(scores[0].adherence)
+    lines = ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    lines += ["| " + " | ".join([s.name, *(f"{s.adherence[name]:.0f}" for name in names)]) + " |" for s in scores]
+    width, height = record["size"]
+    about = f"{record['prompts']} prompts at {width}×{height}; autoencoder {record['autoencoder_psnr']:.1f} dB; `{result.name}`"
+    return "\n".join(lines) + f"\n\n{about}\n"
+
+
 def sheet(path: Path, model: str, side: int = 256) -> None:
     """Variants × prompts on one picture, with the prompts above."""
     rows = [Contender(v, "regular") for v in ("standard", "turbo", "flash")]
@@ -172,9 +197,15 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a name or a folder (default tiny)")
     parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/quality-DATE.json)")
     parser.add_argument("--sheet", type=Path, help="write the contact sheet here, and measure nothing")
+    parser.add_argument(
+        "--card", type=Path, metavar="RESULT", help="write the model card's table from this, and measure nothing"
+    )
     args = parser.parse_args()
-    if args.sheet:
-        sheet(args.sheet, args.model)
+    if args.sheet or args.card:
+        if args.sheet:
+            sheet(args.sheet, args.model)
+        if args.card:
+            write_card(args.card)
         return
     chosen = [c for c in CONTENDERS if not args.only or str(c) in args.only]
     if not chosen:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import judge, quality
+from flux2_local.bench import environment
 
 
 def test_the_autoencoder_keeps_what_it_is_given():
@@ -27,3 +30,9 @@ def test_pictures_follow_their_prompts(variant):
 def test_the_table_has_a_row_per_score():
     scores = [quality.Score("a", 0.0, {"time": 90.0}), quality.Score("b", 1.5, {"time": 80.0}, 30.0, 0.9)]
     assert quality.table(scores).splitlines()[2:] == ["| a |  |  |  | 90 |", "| b | 1.50 | 30.0 | 0.9000 | 80 |"]
+
+
+def test_the_model_card_has_its_results_figures():
+    shown = quality.CARD.read_text("utf-8").split(quality.BEGIN)[1].split(quality.END)[0]
+    name = re.findall(r"`(quality-[^`]+\.json)`", shown)[0]
+    assert shown == quality.card_table(environment.RESULTS / name)
