@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(BIN)/flux2-local bench
+	$(BIN)/python -m benchmarks.speed
 
 gpu: $(VENV)/.test
 	$(BIN)/python scripts/gpu.py
