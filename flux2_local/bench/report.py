@@ -22,7 +22,7 @@ BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
 """Between these lines of a page :func:`put` writes."""
 
 OTHER_PICTURES = ("turbo", "flash")
-"""Contenders that draw other pictures by design, so that PSNR says nothing about them."""
+"""Contenders that may draw other pictures by design, so that their PSNR is no measure of quality."""
 
 
 def read_rows(record: dict[str, Any]) -> list[Row]:
@@ -58,7 +58,7 @@ def ratios(record: dict[str, Any], source: str) -> str:
         "| --- " * 6 + "|",
     ]
     for row in rows:
-        near = "another picture" if row.name in OTHER_PICTURES else "equal" if row.psnr == SAME else f"{row.psnr:.1f}"
+        near = "equal" if row.psnr == SAME else f"{row.psnr:.1f}"
         lines.append(f"| {row.size} | {row.name} | {row.seconds:.2f} | {row.ratio:.2f} | {near} | {adherence(row)} |")
     if drawings := record.get("adherence_of_drawings"):
         ceilings = ", ".join(f"{share} at {size}" for size, share in drawings.items())
