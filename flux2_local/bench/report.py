@@ -51,15 +51,17 @@ def ratios(record: dict[str, Any], source: str) -> str:
     """
     rows, rounds = read_rows(record), record["rounds"]
     lines = [
-        f"Measured, not predicted: `{record['model']}`, {record['steps']} steps, {record.get('card') or record['device']}, "
+        f"Measured, not predicted: `{record['model']}`, {record.get('card') or record['device']}, "
         f"{'one round' if rounds == 1 else f'medians of {rounds} rounds'} ([{record['date'][:10]}]({source})).",
         "",
-        f"| {' | '.join(('size', 'contender', 'seconds', '× diffusers', 'PSNR to none, dB', 'adherence'))} |",
-        "| --- " * 6 + "|",
+        f"| {' | '.join(('size', 'contender', 'steps', 'seconds', '× diffusers', 'PSNR to none, dB', 'adherence'))} |",
+        "| --- " * 7 + "|",
     ]
     for row in rows:
         near = "equal" if row.psnr == SAME else f"{row.psnr:.1f}"
-        lines.append(f"| {row.size} | {row.name} | {row.seconds:.2f} | {row.ratio:.2f} | {near} | {adherence(row)} |")
+        lines.append(
+            f"| {row.size} | {row.name} | {row.steps} | {row.seconds:.2f} | {row.ratio:.2f} | {near} | {adherence(row)} |"
+        )
     if drawings := record.get("adherence_of_drawings"):
         ceilings = ", ".join(f"{share} at {size}" for size, share in drawings.items())
         lines += ["", f"The judge finds {ceilings} in drawings that show everything."]
