@@ -28,7 +28,11 @@ SMALL = TransformerConfig(num_attention_heads=4, num_layers=1, num_single_layers
 def small(width: int = SMALL.width, depth: int = 1) -> TransformerConfig:
     """One of the scaled-down family: hidden ``width``, ``depth`` double and 2·``depth`` single blocks."""
     heads = width // SMALL.attention_head_dim
-    return replace(SMALL, num_attention_heads=heads, num_layers=depth, num_single_layers=2 * depth)
+    return with_blocks(replace(SMALL, num_attention_heads=heads), depth, 2 * depth)
+
+
+def with_blocks(config: TransformerConfig, double: int, single: int) -> TransformerConfig:
+    return replace(config, num_layers=double, num_single_layers=single)
 
 
 def transformer(
