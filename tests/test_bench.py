@@ -58,7 +58,8 @@ def test_adherence_stands_beside_the_other_figures(outcome):
         return len(seen), 4
 
     judged = Judged(PROMPTS, judge, lambda *_: (4, 4))
-    rows = results.rows(outcome, SUBJECT, {"float32": 1e11, "bfloat16": 1e11}, judged)
+    rows = results.rows(outcome, SUBJECT, {"float32": 1e11, "bfloat16": 1e11})
+    rows = results.with_adherence(rows, outcome, judged)
     assert [(row.adherence, row.asked) for row in rows] == [(25.0, 4), (50.0, 4)]
     assert [picture.shape for picture in seen] == [(512, 512, 3)] * 2
     assert "| 50 % of 4 |" in results.table(rows)

@@ -67,7 +67,7 @@ class Row:
     asked: int = 0
 
 
-def rows(outcome: Outcome, subject: Subject, rates: dict[str, float], judged: Judged | None = None) -> list[Row]:
+def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Row]:
     """The figures of every contender that ran.
 
     Without the exact tier quality is held against the stock pipeline; without that, against the first that ran.
@@ -78,13 +78,7 @@ def rows(outcome: Outcome, subject: Subject, rates: dict[str, float], judged: Ju
     first = next(iter(samples))
     against = samples[next((name for name in (REFERENCE, BASE) if name in samples), first)]
     base = samples[BASE if BASE in samples else first]
-    found = [row(name, taken, against, base, subject, rates) for name, taken in samples.items()]
-    if judged is None:
-        return found
-    counts = [judged.judge(samples[row.name].pictures) for row in found]
-    return [
-        replace(r, adherence=100 * right / asked, asked=asked) for r, (right, asked) in zip(found, counts, strict=True)
-    ]
+    return [row(name, taken, against, base, subject, rates) for name, taken in samples.items()]
 
 
 def row(
@@ -140,6 +134,15 @@ def flops(subject: Subject, steps: int) -> float:
     work = Work(subject.width, subject.height, steps)
     decode = costs.decode_flops(arch, subject.width, subject.height)
     return costs.encode_flops(arch) + steps * costs.step_flops(arch, work) + decode
+
+
+def with_adherence(rows: Sequence[Row], outcome: Outcome, judged: Judged) -> list[Row]:
+    """The rows with what the judge finds in the pictures that they are of."""
+    found = []
+    for row in rows:
+        right, asked = judged.judge(outcome.samples[row.name].pictures)
+        found.append(replace(row, adherence=100 * right / asked, asked=asked))
+    return found
 
 
 def adherence(row: Row) -> str:

@@ -80,10 +80,12 @@ def bench(
     for width, height in shapes:
         subject = Subject(model, hardware.device, width, height, steps)
         outcome = runner.run(chosen, subject, prompts, rounds, apart, lambda line: typer.echo(line, err=True))
-        rows += results.rows(outcome, subject, rates, judged)
+        found = results.rows(outcome, subject, rates)
         if judged is not None:
+            found = results.with_adherence(found, outcome, judged)
             right, asked = judged.ceiling(width, height, rounds)
             record.setdefault("adherence_of_drawings", {})[subject.size] = f"{100 * right / asked:.0f} % of {asked}"
+        rows += found
         record["refused"][subject.size] = outcome.refused
     record["rows"] = [asdict(row) for row in rows]
     print(results.table(rows))
