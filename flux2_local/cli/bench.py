@@ -60,7 +60,7 @@ def bench(
     ]
     checkpoint = store.find(model, "standard")
     steps = steps or checkpoint.preset.recipe("standard").steps
-    judged: Judged | None = context.obj
+    judged: Judged | None = context.obj  # brought by benchmarks/speed.py
     if judged is not None and not checkpoint.bundled:
         raise RequestError(
             f"The judge knows the bundled model's scenes and nothing else, so it cannot judge {model}. "
