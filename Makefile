@@ -2,6 +2,7 @@
 # make test                the tests
 # make check               formatting, lint, types
 # make bench               speed against diffusers on this machine, with the quality it costs
+# make bench-suites        times operations, blocks, steps, stages, pictures and cold starts one by one
 # make gpu                 checks and measures the kernels on this machine's NVIDIA card
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 PROMPT ?= a lighthouse at dusk
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench bench-suites gpu clean
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +40,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(BIN)/flux2-local bench
+	$(BIN)/python -m benchmarks.speed
+
+bench-suites: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks/suites --benchmark-columns=median,iqr,rounds
 
 gpu: $(VENV)/.test
 	$(BIN)/python scripts/gpu.py

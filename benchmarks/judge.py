@@ -222,8 +222,8 @@ def held_out_scenes(count: int) -> list[Scene]:
     return scenes
 
 
-def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Share of right readings per attribute, in percent; "sign" counts whole words of up to five letters."""
+def verdicts(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, list[bool]]:
+    """Right or wrong for everything that was asked for, by attribute; "sign" counts whole words of up to five letters."""
     tally: dict[str, list[bool]] = {}
     for scene, picture, reading in zip(scenes, pictures, read(judge, pictures), strict=True):
         for name, right in reading.verdicts(scene):
@@ -232,7 +232,12 @@ def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
             said = read_sign(picture, len(scene.sign.word), scene.sign.place)
             tally.setdefault("sign", []).append(said == scene.sign.word)
             tally.setdefault("letters", []).extend(a == b for a, b in zip(said, scene.sign.word, strict=False))
-    return {name: 100 * sum(rights) / len(rights) for name, rights in tally.items()}
+    return tally
+
+
+def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Share of right readings per attribute, in percent."""
+    return {name: 100 * sum(rights) / len(rights) for name, rights in verdicts(judge, scenes, pictures).items()}
 
 
 def ceiling(judge: Judge, count: int, width: int = 512, height: int = 512) -> dict[str, float]:

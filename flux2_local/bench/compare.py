@@ -3,12 +3,14 @@
 A time has changed beyond noise where the two runs' samples do not overlap at all (with five rounds each, chance does that to
 unchanged code once in 126 times) and the medians are more than 3 % apart. The ratio to diffusers within the same round is held
 to the same rule, and is what counts where the machine itself was slower. Memory has changed from 5 % on, PSNR from 0.1 dB on:
-the same seeds give the same pictures.
+the same seeds give the same pictures. Adherence is a share of so and so many things, and has changed where the two shares are
+more than two standard errors of their difference apart.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from ..errors import RequestError
 TIME, MEMORY, QUALITY = 0.03, 0.05, 0.1
 """Smallest changes that are reported: shares of the old value, and dB."""
 
-SAME_MACHINE = ("device", "card", "torch", "diffusers", "model", "steps", "rounds")
+SAME_MACHINE = ("device", "card", "torch", "diffusers", "model", "steps", "rounds", "prompts")
 """What two results should agree in to be comparable."""
 
 
@@ -106,6 +108,15 @@ def changes_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
     if "psnr" in old and "psnr" in new:
         gain = new["psnr"] - old["psnr"]
         yield change("psnr", "" if abs(gain) < QUALITY else "better" if gain > 0 else "worse")
+    if old.get("asked") and new.get("asked"):
+        gain = new["adherence"] - old["adherence"]
+        error = math.hypot(*(standard_error(row["adherence"] / 100, row["asked"]) for row in (old, new)))
+        yield change("adherence", "" if abs(gain) <= 200 * error else "better" if gain > 0 else "worse")
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of ``count`` independent things."""
+    return math.sqrt(share * (1 - share) / count)
 
 
 def samples_of(row: dict[str, Any]) -> list[float]:

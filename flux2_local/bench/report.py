@@ -8,13 +8,82 @@ from typing import Any
 
 from ..errors import BackendUnavailableError, RequestError
 from ..files import replacing, write
-from .results import Row, table
+from .metrics import SAME
+from .results import Row, adherence, table
 
 EQUAL = 60.0
 """Decibels at which equal pictures are drawn, whose PSNR has no bound."""
 
 COLOURS = {"ours": "#2563eb", "peer": "#ea580c", "floor": "#6b7280"}
 LEGEND = {"ours": "flux2-local", "peer": "others", "floor": "rounding alone"}
+
+
+BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
+"""Between these lines of a page :func:`put` writes."""
+
+OTHER_PICTURES = ("turbo", "flash")
+"""Contenders that may draw other pictures by design, so that their PSNR is no measure of quality."""
+
+
+def read_rows(record: dict[str, Any]) -> list[Row]:
+    """The rows of what ``flux2-local bench`` wrote.
+
+    Raises:
+        RequestError: the record was kept by an earlier version.
+    """
+    try:
+        return [Row(**row) for row in record["rows"]]
+    except TypeError as error:
+        raise RequestError(
+            f"The result is of an earlier layout ({error}). Measure anew with `flux2-local bench`."
+        ) from None
+
+
+def ratios(record: dict[str, Any], source: str) -> str:
+    """A short table, Markdown: seconds, their ratio to the stock pipeline's in the same run, and quality.
+
+    Args:
+        record: what ``flux2-local bench`` wrote.
+        source: a link to it.
+
+    Raises:
+        RequestError: the record was kept by an earlier version.
+    """
+    rows, rounds = read_rows(record), record["rounds"]
+    lines = [
+        f"Measured, not predicted: `{record['model']}`, {record.get('card') or record['device']}, "
+        f"{'one round' if rounds == 1 else f'medians of {rounds} rounds'} ([{record['date'][:10]}]({source})).",
+        "",
+        f"| {' | '.join(('size', 'contender', 'steps', 'seconds', '× diffusers', 'PSNR to none, dB', 'adherence'))} |",
+        "| --- " * 7 + "|",
+    ]
+    for row in rows:
+        near = "equal" if row.psnr == SAME else f"{row.psnr:.1f}"
+        lines.append(
+            f"| {row.size} | {row.name} | {row.steps} | {row.seconds:.2f} | {row.ratio:.2f} | {near} | {adherence(row)} |"
+        )
+    if drawings := record.get("adherence_of_drawings"):
+        ceilings = ", ".join(f"{share} at {size}" for size, share in drawings.items())
+        lines += ["", f"The judge finds {ceilings} in drawings that show everything."]
+    return "\n".join(lines) + "\n"
+
+
+def put(text: str, page: Path) -> Path:
+    """Replace what stands between :data:`BEGIN` and :data:`END` in ``page``.
+
+    Raises:
+        RequestError: the page is not there or lacks the two lines.
+        OutputError: it cannot be written.
+    """
+    try:
+        old = page.read_text("utf-8")
+        before, _, rest = old.partition(BEGIN)
+        _, end, after = rest.partition(END)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{page} cannot be read: {error}. Name a Markdown page.") from None
+    if not end:
+        raise RequestError(f"{page} lacks the lines {BEGIN.strip()} and {END.strip()}, between which the table goes.")
+    return write(page, (before + BEGIN + text + END + after).encode())
 
 
 def report(record: dict[str, Any], page: Path) -> list[Path]:
@@ -32,12 +101,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
         BackendUnavailableError: matplotlib is not installed.
         OutputError: something cannot be written; what was being written leaves nothing behind.
     """
-    try:
-        rows = [Row(**row) for row in record["rows"]]
-    except TypeError as error:
-        raise RequestError(
-            f"The result is of an earlier layout ({error}). Measure anew with `flux2-local bench`."
-        ) from None
+    rows = read_rows(record)
     sizes = list(dict.fromkeys(row.size for row in rows))
     plots = [page.with_name(f"{page.stem}-{size}.png") for size in sizes]
     for size, path in zip(sizes, plots, strict=True):
@@ -57,7 +121,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
 
 def environment(record: dict[str, Any]) -> list[str]:
     """Where the figures come from, a line each."""
-    figures = {"rows", "refused", "model", "steps", "rounds"}
+    figures = {"rows", "refused", "model", "steps", "rounds", "prompts"}
     return [f"- {name}: {value}" for name, value in record.items() if name not in figures]
 
 
@@ -73,7 +137,7 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
 
-    Distilled variants draw other pictures by design, so that PSNR says nothing about them: they are marks on the time axis.
+    :data:`OTHER_PICTURES` are marks on the time axis.
     """
     try:
         from matplotlib.figure import Figure
@@ -83,7 +147,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    same = [row for row in rows if row.name not in ("turbo", "flash")]
+    same = [row for row in rows if row.name not in OTHER_PICTURES]
     height = {id(row): min(row.psnr, EQUAL) for row in rows}
     for group, colour in COLOURS.items():
         mine = [row for row in same if row.group == group]

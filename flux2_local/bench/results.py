@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..costs import Work
 from .contenders import BASE, CONTENDERS, IN_16_BIT, REFERENCE
 from .metrics import gmsd, psnr, ssim
 from .runner import Outcome, Samples
-from .subject import Subject
+from .subject import Judged, Subject
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Row:
         share: of the matrix product rate measured in its dtype.
         stages: median seconds per stage, where it tells them.
         plan: what runs, for ours.
+        adherence, asked: of the ``asked`` things that the prompts ask for, the share that a judge finds in the pictures, in
+            percent; None and 0 where nobody judged.
     """
 
     size: str
@@ -61,6 +63,8 @@ class Row:
     ratios: list[float]
     stages: dict[str, float] = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)
+    adherence: float | None = None
+    asked: int = 0
 
 
 def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Row]:
@@ -136,13 +140,29 @@ def flops(subject: Subject, steps: int) -> float:
     return costs.encode_flops(arch) + steps * costs.step_flops(arch, work) + decode
 
 
+def with_adherence(rows: Sequence[Row], outcome: Outcome, judged: Judged) -> list[Row]:
+    """The rows with what the judge finds in the pictures that they are of."""
+    found = []
+    for row in rows:
+        right, asked = judged.judge(outcome.samples[row.name].pictures)
+        found.append(replace(row, adherence=100 * right / asked, asked=asked))
+    return found
+
+
+def adherence(row: Row) -> str:
+    """With how many things it is a share of, or "" where nobody judged."""
+    return "" if row.adherence is None else f"{row.adherence:.0f} % of {row.asked}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "MiB", "load s", "first s", "share")
+    head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
+            "share")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [
         f"| {r.size} | {r.name} | {r.seconds:.2f} | {r.fastest:.2f}–{r.slowest:.2f} | {r.ratio:.2f} | {r.psnr:.1f} "
-        f"| {r.ssim:.4f} | {r.gmsd:.4f} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
+        f"| {r.ssim:.4f} | {r.gmsd:.4f} "
+        f"| {adherence(r)} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
         f"| {r.first_seconds:.1f} | {r.share:.0%} |"
         for r in rows
     ]

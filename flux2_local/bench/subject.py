@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,22 @@ PROMPTS = (
 """What is drawn unless the caller brings prompts; also the contact sheet's."""
 
 GUIDANCE = 2.5
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Prompts whose pictures somebody can judge, which this package cannot: ``benchmarks/speed.py`` brings them.
+
+    Attributes:
+        prompts: drawn instead of :data:`PROMPTS`, round after round from the first.
+        judge: (pictures of the first rounds, uint8 [H, W, 3]) -> how many of the things that their prompts ask for they show,
+            and how many are asked for.
+        ceiling: (width, height, rounds) -> the same of pictures that show everything: what the judge itself gets wrong.
+    """
+
+    prompts: Sequence[str]
+    judge: Callable[[Sequence[np.ndarray]], tuple[int, int]]
+    ceiling: Callable[[int, int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import typer
+
 from .app import app
 from .errors import report
 
@@ -12,10 +14,15 @@ __all__ = ["app", "main"]
 INTERRUPTED = 130
 
 
-def main() -> None:
-    """Entry point. Errors become one message and an exit code; Ctrl-C leaves with 130 and nothing half-written."""
+def main(command: typer.Typer = app, brought: object = None) -> None:
+    """Entry point. Errors become one message and an exit code; Ctrl-C leaves with 130 and nothing half-written.
+
+    Args:
+        command: what is run.
+        brought: what it finds as its context's ``obj``.
+    """
     try:
-        app()
+        command(obj=brought)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # what typer makes of Ctrl-C
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,8 @@ def bench(
     from .. import store
     from ..bench import environment, results, runner
     from ..bench.contenders import select
-    from ..bench.subject import PROMPTS, Subject
+    from ..bench.subject import PROMPTS, Judged, Subject
+    from ..errors import RequestError
     from ..files import check_folder
     from ..hardware import probe
     from ..request import make_request
@@ -56,7 +58,15 @@ def bench(
     shapes = [
         make_request("standard", {"prompt": "a", "image_size": options.parse_size(s)}).size for s in size or SIZES
     ]
-    steps = steps or store.find(model, "standard").preset.recipe("standard").steps
+    checkpoint = store.find(model, "standard")
+    steps = steps or checkpoint.preset.recipe("standard").steps
+    judged: Judged | None = context.obj  # brought by benchmarks/speed.py
+    if judged is not None and not checkpoint.bundled:
+        raise RequestError(
+            f"The judge knows the bundled model's scenes and nothing else, so it cannot judge {model}. "
+            "Measure that without it: flux2-local bench."
+        )
+    prompts = PROMPTS if judged is None else judged.prompts
     hardware = probe(device)
     if out is not None:
         check_folder(out.absolute().parent, 2**20)
@@ -65,19 +75,24 @@ def bench(
         record |= dict(environment.card(hardware.device))
     dtypes = {"float32", *hardware.fast_dtypes}
     record["rates"] = rates = environment.rates(hardware.device, sorted(dtypes))
-    record |= {"model": model, "steps": steps, "rounds": rounds, "rows": [], "refused": {}}
+    record |= {"model": model, "steps": steps, "rounds": rounds, "prompts": prompts[:rounds], "rows": [], "refused": {}}
     rows: list[results.Row] = []
     for width, height in shapes:
         subject = Subject(model, hardware.device, width, height, steps)
-        outcome = runner.run(chosen, subject, PROMPTS, rounds, apart, lambda line: typer.echo(line, err=True))
-        rows += results.rows(outcome, subject, rates)
+        outcome = runner.run(chosen, subject, prompts, rounds, apart, lambda line: typer.echo(line, err=True))
+        found = results.rows(outcome, subject, rates)
+        if judged is not None:
+            found = results.with_adherence(found, outcome, judged)
+            right, asked = judged.ceiling(width, height, rounds)
+            record.setdefault("adherence_of_drawings", {})[subject.size] = f"{100 * right / asked:.0f} % of {asked}"
+        rows += found
         record["refused"][subject.size] = outcome.refused
     record["rows"] = [asdict(row) for row in rows]
     print(results.table(rows))
     for where, refused in record["refused"].items():
         for name, why in refused.items():
             print(f"not run at {where}: {name}: {why}")
-    print(f"written: {environment.keep(record, 'bench', out)}")
+    print(f"written: {environment.keep(record, 'speed', out)}")
 
 
 @app.command(
@@ -101,15 +116,29 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command("report", help="Write a result as a Markdown page with plots of seconds against quality.")
+@app.command(
+    "report", help="Write a result as a Markdown page with plots of seconds against quality, or a table into a page."
+)
 def report(
     result: Annotated[Path, typer.Argument(help="A JSON file of `flux2-local bench`.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page to write (default: beside the result).")
     ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into", help="Only put a short table between the lines <!-- speed --> and <!-- /speed --> here."
+        ),
+    ] = None,
 ) -> None:
+    from ..bench import report as reporting
     from ..bench.compare import read
-    from ..bench.report import report as write
 
-    for path in write(read(result), out or result.with_suffix(".md")):
+    record = read(result)
+    if into is not None:
+        source = os.path.relpath(result.absolute(), into.absolute().parent).replace(os.sep, "/")
+        written = [reporting.put(reporting.ratios(record, source), into)]
+    else:
+        written = reporting.report(record, out or result.with_suffix(".md"))
+    for path in written:
         print(f"written: {path}")

@@ -1,0 +1,56 @@
+"""``flux2-local bench`` of the bundled model, with adherence beside the other figures of quality.
+
+    python -m benchmarks.speed                     # all of `flux2-local bench --help`
+    python -m benchmarks.speed --rounds 20         # four times the default's pictures to judge
+
+The prompts are those of ``benchmarks/quality.py``, of scenes that neither the model nor the judge was trained on, from the
+first. A few pictures say little about adherence: the result has how many things they were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from flux2_local.bench.subject import Judged
+from flux2_local.cli import main as run
+from flux2_local.cli.bench import app
+from scripts.train_tiny.render import render
+from scripts.train_tiny.scenes import Scene
+
+from . import judge
+from .quality import prompts
+
+SCENES = 200
+reader = cache(judge.load)
+
+
+def count(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> tuple[int, int]:
+    """How many of the things asked for the judge finds, and how many there are. Letters count as their words alone."""
+    found = judge.verdicts(reader(), scenes, pictures)
+    rights = [right for name, row in found.items() if name != "letters" for right in row]
+    return sum(rights), len(rights)
+
+
+def judged() -> Judged:
+    """Held-out scenes with their prompts and the judge."""
+    scenes = judge.held_out_scenes(SCENES)
+
+    def repeated(rounds: int) -> list[Scene]:
+        return [scenes[i % SCENES] for i in range(rounds)]
+
+    def read(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
+        return count(repeated(len(pictures)), [Image.fromarray(picture) for picture in pictures])
+
+    def ceiling(width: int, height: int, rounds: int) -> tuple[int, int]:
+        asked = repeated(rounds)
+        return count(asked, [render(scene, width, height) for scene in asked])
+
+    return Judged(prompts(scenes), read, ceiling)
+
+
+if __name__ == "__main__":
+    run(app, judged())

@@ -1,0 +1,29 @@
+"""One block of each kind, random weights, at the scaled-down family's width and klein-4B's."""
+
+import pytest
+import torch
+
+from benchmarks import synthetic
+from flux2_local.explore import family_architecture
+from flux2_local.latents import image_positions, text_positions
+from flux2_local.presets import models
+
+GRID, TEXT = (32, 32), 512
+
+
+@pytest.mark.parametrize("model", ["small", "klein-4b"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+@torch.inference_mode()
+def test_block(kind, model, device, timed):
+    config = synthetic.small() if model == "small" else family_architecture(models()[model]).transformer
+    dtype, ops = synthetic.fast(device, config)
+    one = synthetic.with_blocks(config, double=int(kind == "double"), single=int(kind == "single"))
+    net = synthetic.transformer(one, ops, dtype, device)
+    rotary = net.rotary(torch.cat([text_positions(TEXT), image_positions(*GRID)]).to(device))
+    mod = net.modulation(torch.tensor(0.5, device=device), 4.0 if config.guidance_embeds else None)
+    image, text = (torch.randn(1, n, config.width, device=device).to(dtype) for n in (GRID[0] * GRID[1], TEXT))
+    if kind == "double":
+        timed(lambda: net.transformer_blocks[0](image, text, mod, rotary, ops))
+    else:
+        both = torch.cat([text, image], 1)
+        timed(lambda: net.single_transformer_blocks[0](both, mod, rotary, ops))

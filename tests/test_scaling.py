@@ -1,0 +1,77 @@
+"""``benchmarks/scaling.py``: what grows in its sweeps, and the exponents that it fits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import scaling, synthetic
+from flux2_local import attention
+from flux2_local.bench.counts import count
+from flux2_local.bench.environment import RESULTS
+from flux2_local.errors import BackendUnavailableError
+from flux2_local.hardware import from_preset
+from flux2_local.model.native import NATIVE
+from flux2_local.model.ops import REFERENCE
+
+CPU = torch.device("cpu")
+
+
+def test_a_sweep_changes_one_thing():
+    for sweep in ("tokens", "width", "depth"):
+        own = [point for point in scaling.family() if point.sweep == sweep]
+        shapes = {(p.config.width, p.config.num_layers, p.config.num_single_layers, p.grid) for p in own}
+        assert [len({shape[i] for shape in shapes}) for i in range(4)] == {
+            "tokens": [1, 1, 1, len(own)],
+            "width": [len(own), 1, 1, 1],
+            "depth": [1, len(own), len(own), 1],
+        }[sweep]
+    assert {point.config.width for point in scaling.family()} == {256, 512, 1024, 2048}
+
+
+def test_the_exponent_of_a_power_is_found():
+    points = [replace(point, samples=[0.1 * point.value**1.7]) for point in scaling.family()]
+    found = scaling.exponents(points)
+    assert list(found) == ["tokens", "width", "depth"]
+    assert all(own["seconds"] == pytest.approx(1.7) for own in found.values())
+    assert found["depth"]["flops"] == pytest.approx(1, abs=0.01) and found["width"]["flops"] > 1.7
+
+
+def test_flops_are_those_that_a_step_makes():
+    point = scaling.Point("tokens", 128, synthetic.small(256), (8, 8), 64)
+    written_out = replace(
+        REFERENCE, attend=attention.load("sdpa-math")
+    )  # torch does not count its fused kernel on a CPU
+    net = synthetic.transformer(point.config, written_out, torch.float32, CPU)
+    assert count(synthetic.step(net, point.grid, point.text)).flops == pytest.approx(point.flops, rel=0.01)
+
+
+def test_random_weights_are_the_same_every_time_and_keep_pictures_finite():
+    made = [synthetic.transformer(synthetic.small(256), NATIVE, torch.bfloat16, CPU) for _ in range(2)]
+    first, second = (synthetic.step(net, (4, 8), 16)() for net in made)
+    assert torch.equal(first, second) and first.shape == (1, 32, 128) and 0.01 < first.float().std() < 100
+
+
+def test_points_take_turns_and_each_has_its_samples():
+    points = [scaling.Point("width", w, synthetic.small(w), (4, 4), 16) for w in (128, 256)]
+    scaling.measure(points, CPU, rounds=2)
+    assert [len(point.samples) for point in points] == [2, 2] and all(point.seconds > 0 for point in points)
+
+
+def test_full_size_models_are_refused_where_they_do_not_fit():
+    card = from_preset("rtx-4090")
+    assert [group[0].sweep for group in scaling.chosen(["klein-4b", "klein-9b"], card)] == ["klein-4b", "klein-9b"]
+    with pytest.raises(BackendUnavailableError, match="dev takes 60"):
+        scaling.chosen(None, card)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("scaling-*.json")), ids=lambda path: path.name)
+def test_committed_pages_are_their_results(path):
+    record = json.loads(path.read_text("utf-8"))
+    assert path.with_suffix(".md").read_text("utf-8") == scaling.page(record, path.with_suffix(".png").name)
+    by_sweep = {}
+    for row in record["points"]:
+        assert row["seconds"] == pytest.approx(sorted(row["samples"])[len(row["samples"]) // 2])
+        by_sweep.setdefault(row["sweep"], []).append(row)
+    assert list(by_sweep) == list(record["exponents"])
