@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	$(BIN)/flux2-local "$(PROMPT)"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
