@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
-from .candidates import SYSTEM_RESERVE, Need
+from .candidates import PREVIEW, SYSTEM_RESERVE, Need
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
@@ -518,7 +518,7 @@ class Run:
 
         c = self.flux._components
         with self.stage("references"), c.hold_vae(), torch.inference_mode():
-            pixels = [images.reference_pixels(p, c.vae.multiple) for p in pictures]
+            pixels = (images.reference_pixels(p, c.vae.multiple) for p in pictures)
             return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
 
     def denoise(self, shots: list[Shot], done: int, count: int) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -566,7 +566,7 @@ class Run:
             return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
 
     def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """A small picture of an estimate of the latents, at most 16 tokens long."""
+        """A small picture of an estimate of the latents, at most :data:`~flux2_local.candidates.PREVIEW` tokens long."""
         import torch
         import torch.nn.functional as F
 
@@ -575,7 +575,7 @@ class Run:
         c = self.flux._components
         with c.hold_vae(), torch.inference_mode():
             z = layout.unpack(estimate[:1], *grid)
-            scale = 16 / max(grid)
+            scale = PREVIEW / max(grid)
             if scale < 1:
                 z = F.interpolate(z, scale_factor=scale, mode="area")
             return images.from_pixels(c.vae.decode(z.to(c.vae.dtype)))

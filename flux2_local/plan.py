@@ -164,7 +164,7 @@ def make_plan(
     cache_choice, cache = choose_cache(need)
     folded = folds(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value == "triton", cache is not None, folded)
+    terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
     wanted = formats(need.tier, hardware, dtype, quantize)
     drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
