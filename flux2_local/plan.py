@@ -201,6 +201,7 @@ def make_plan(
         disk_bytes=winner.disk,
         work=need.work,
         choices=(
+            figures_choice(hardware),
             kind_choice,
             choose_format(need.tier, dtype, wanted, winner, quantize),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
@@ -335,6 +336,20 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = Fals
         why = "few of torch's own operators, within float32's rounding of the reference's"
         return Choice("ops", "native", why, (*lost, ("reference", slower)))
     return Choice("ops", "reference", "plain torch, which runs everywhere", lost)
+
+
+def figures_choice(hardware: Hardware) -> Choice:
+    """What the predictions rest on."""
+    rates = f"{max(hardware.flops.values()) / 1e12:.3g} TFLOP/s"
+    if hardware.kind == "cuda":
+        rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
+    if hardware.measured:
+        return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
+    if hardware.described:
+        return Choice(
+            "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"
+        )
+    return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
 
 
 def layout_choice(tier: Tier) -> Choice:

@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    from .. import store
+    from .. import rates, store
     from ..bench import environment, results, runner
     from ..bench.contenders import select
     from ..bench.subject import PROMPTS, Subject
@@ -64,13 +64,13 @@ def bench(
     if hardware.kind == "cuda":
         record |= dict(environment.card(hardware.device))
     dtypes = {"float32", *hardware.fast_dtypes}
-    record["rates"] = rates = environment.rates(hardware.device, sorted(dtypes))
+    record["rates"] = reached = rates.measure(hardware.device, sorted(dtypes), seconds=0.5)
     record |= {"model": model, "steps": steps, "rounds": rounds, "rows": [], "refused": {}}
     rows: list[results.Row] = []
     for width, height in shapes:
         subject = Subject(model, hardware.device, width, height, steps)
         outcome = runner.run(chosen, subject, PROMPTS, rounds, apart, lambda line: typer.echo(line, err=True))
-        rows += results.rows(outcome, subject, rates)
+        rows += results.rows(outcome, subject, reached)
         record["refused"][subject.size] = outcome.refused
     record["rows"] = [asdict(row) for row in rows]
     print(results.table(rows))
