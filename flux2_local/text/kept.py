@@ -65,14 +65,12 @@ class KeptPrompts:
             with safe_open(path, "pt") as f:
                 embedded, expected = f.get_tensor("embedding").clone(), (f.metadata() or {}).get("sha256")
             os.utime(path)  # the time of use, by which files go
+            if embedded.dtype != self.dtype or embedded.shape[:2] != ids.shape or digest_of(embedded) != expected:
+                raise ValueError("its content is not what was written")
         except (SafetensorError, OSError, ValueError) as error:
-            return self._damaged(reason(error))
-        if embedded.dtype != self.dtype or embedded.shape[:2] != ids.shape or digest_of(embedded) != expected:
-            return self._damaged("its content is not what was written")
+            self.told.append(f"A kept prompt's embedding could not be used ({reason(error)}); it was made again.")
+            return None
         return embedded
-
-    def _damaged(self, why: str) -> None:
-        self.told.append(f"A kept prompt's embedding could not be used ({why}); it was made again.")
 
     def write(self, ids: Tensor, mask: Tensor, embedded: Tensor) -> None:
         """Keep an embedding [B, T, joint]; where it cannot be written, the user is told."""
