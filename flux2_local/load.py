@@ -109,8 +109,11 @@ def build(
     told: list[str] = []
 
     def read_text_encoder() -> Hold:
-        told.append(fill(text_encoder, plan.text_encoder, plan.dtype, text_source, device))
-        return place(text_encoder.eval(), device, plan.text_encoder)
+        with torch.inference_mode(
+            False
+        ):  # the first use may be inside it, and weights made there could not be changed later
+            told.append(fill(text_encoder, plan.text_encoder, plan.dtype, text_source, device))
+            return place(text_encoder.eval(), device, plan.text_encoder)
 
     hold_text_encoder: Hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
     if plan.compile == "blocks":

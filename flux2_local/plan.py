@@ -201,7 +201,6 @@ def make_plan(
         disk_bytes=winner.disk,
         work=need.work,
         choices=(
-            figures_choice(hardware),
             kind_choice,
             choose_format(need.tier, dtype, wanted, winner, quantize),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
@@ -212,6 +211,7 @@ def make_plan(
             upsampling_choice(need.tier, hardware, dtype),
             cache_choice,
             batch_choice,
+            figures_choice(hardware),
         ),
         options=tuple(option(c, need.work, verdicts.get(c.name, f"taken, {reason}")) for c in candidates),
     )
