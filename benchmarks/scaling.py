@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.benchmark.utils.timer import timer
 
-from flux2_local import costs
+from flux2_local import costs, rates
 from flux2_local.bench import environment
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, Flux2Error
@@ -208,7 +208,7 @@ def main() -> None:
     groups = chosen(args.model, hardware)
     dtype = hardware.fast_dtypes[0]
     record = environment.record() | (dict(environment.card(hardware.device)) if device.type == "cuda" else {})
-    record |= {"dtype": dtype, "rounds": args.rounds, "rates": environment.rates(hardware.device, [dtype])}
+    record |= {"dtype": dtype, "rounds": args.rounds, "rates": rates.measure(hardware.device, [dtype], seconds=0.5)}
     for group in groups:
         measure(group, device, args.rounds)
     points = [point for group in groups for point in group]

@@ -30,6 +30,9 @@ TILE = 512
 TILED = (4 / 3) ** 2
 """How many times the pixels of a large picture are decoded in tiles that overlap by a quarter."""
 
+PREVIEW = 16
+"""Side in tokens of the pictures that previews are decoded to at most."""
+
 SHARES = 64
 """Paces of streaming that are tried for one that fits."""
 
@@ -127,7 +130,7 @@ class Terms:
 
     Attributes:
         limit: bytes of device memory that weights and activations may take.
-        fused: whether the Triton kernels run.
+        ops, attention: what computes between the matmuls, and attention.
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
     """
@@ -136,7 +139,8 @@ class Terms:
     hardware: Hardware
     dtype: str
     limit: int
-    fused: bool
+    ops: str
+    attention: str
     skipping: bool
     folded: bool
 
@@ -157,7 +161,18 @@ class Draft:
     @property
     def setup(self) -> Setup:
         t = self.terms
-        return Setup(t.need.arch, t.dtype, t.hardware.kind, self.form, t.fused, t.skipping)
+        return Setup(
+            arch=t.need.arch,
+            dtype=t.dtype,
+            kind=t.hardware.kind,
+            form=self.form,
+            ops=t.ops,
+            attention=t.attention,
+            skipping=t.skipping,
+            folded=t.folded,
+            channels_last=not t.need.tier.exact,
+            threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
+        )
 
     def weights(self, component: str) -> Weights:
         need = self.terms.need
@@ -184,25 +199,36 @@ class Draft:
         return self.weights(component).total if self.placement(component) == "staged" else 0
 
     def denoising(self, stay: tuple[int, ...]) -> int:
-        """Bytes of device memory while denoising."""
-        held, alive = self.weights("transformer"), footprint.denoising(self.setup, self.terms.need.work)
+        """Bytes of device memory while denoising, and while a preview is decoded between two steps."""
+        held, work = self.weights("transformer"), self.terms.need.work
+        alive = max(footprint.denoising(self.setup, work), footprint.sampling(self.setup, work) + self.previewing())
         if self.layout.transformer != "streamed":
-            return self.kept + self.visiting("transformer") + alive
+            return self.kept + self.visiting("transformer") + alive + self.beside()
         few = held.streaming(stay) - sum(held.blocks[number] for number in stay) + held.schedule
-        return self.kept + max(held.streaming(stay) + alive, few)
+        few += footprint.sampling(self.setup, work)
+        return self.kept + max(held.streaming(stay) + alive, few) + self.beside()
+
+    def previewing(self) -> int:
+        """Bytes of a preview, the decoder included where it is not there already."""
+        side = PREVIEW * self.terms.need.arch.multiple
+        return self.visiting("vae") + footprint.decoding(self.setup, side, side, 0)
+
+    def beside(self) -> int:
+        """Bytes of reading the next request's prompt meanwhile, as is done where the text encoder stays."""
+        return footprint.encoding(self.setup) if self.layout.text_encoder == "resident" else 0
 
     def encoding(self) -> int:
         """Bytes of device memory while the prompt is read."""
         held = self.weights("text_encoder")
         there = held.streaming(()) if self.layout.text_encoder == "streamed" else self.visiting("text_encoder")
-        return self.kept + there + footprint.encoding(self.setup)
+        return self.kept + there + footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
 
     def pixels(self, tile: int) -> int:
         """Bytes of device memory while pictures are decoded or references encoded, the larger."""
         work = self.terms.need.work
         alive = footprint.decoding(self.setup, work.width, work.height, tile)
         alive = max(alive, *(footprint.referring(self.setup, *size) for size in work.references), 0)
-        return self.kept + self.visiting("vae") + alive
+        return self.kept + self.visiting("vae") + footprint.carried(self.setup, work) + alive + self.beside()
 
     def stay(self) -> tuple[int, ...]:
         """The most blocks that may stay."""

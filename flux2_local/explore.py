@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import attention, load, safety, store
+from . import attention, load, rates, safety, store
 from .candidates import Need
 from .costs import Architecture, Work
 from .errors import BudgetError, Flux2Error, PlanError, WeightsMissingError
@@ -136,14 +136,16 @@ def fit(preset: ModelPreset, hardware: Hardware) -> str:
     return f"fits: {how}, about {plan.seconds:.0f} s a picture"
 
 
-def diagnosis() -> dict[str, dict[str, str]]:
-    """Hardware, versions and backends, each with its state: what ``flux2-local doctor`` prints."""
+def diagnosis(measure: bool = False) -> dict[str, dict[str, str]]:
+    """Hardware, versions and backends, each with its state: what ``flux2-local doctor`` prints.
 
+    Args:
+        measure: time the device, and keep its rates for plans to come.
+    """
     try:
-        hardware: Hardware | None = probe()
+        hardware = rates.keep(probe()) if measure else probe()
     except PlanError as error:
         return {"hardware": {"problem": str(error)}}
-    assert hardware is not None
     versions = {name: package(name).version or "not installed" for name in ("flux2-local", *PACKAGES)}
     backends = attention_rows(hardware)
     for name, need, purpose in BACKENDS:
@@ -170,13 +172,17 @@ def attention_rows(hardware: Hardware) -> dict[str, str]:
 
 
 def hardware_rows(hardware: Hardware) -> dict[str, str]:
-    rates = ", ".join(f"{k} {v / 1e12:.1f} TFLOP/s" for k, v in hardware.flops.items())
+    source = "measured" if hardware.measured else "public figures; --measure times them here"
+    products = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in hardware.flops.items())
     rows = {
         "device": f"{hardware.device}: {hardware.name}",
         "memory": f"{show_bytes(hardware.memory)}, {show_bytes(hardware.free)} free",
         "host memory": f"{show_bytes(hardware.ram)} available, {hardware.cores} cores",
-        "matrix products": f"{rates} ({'measured' if hardware.measured else 'estimated'})",
+        "matrix products": f"{products} ({source})",
+        "memory rate": f"{hardware.memory_rate / 1e9:.3g} GB/s ({source})",
     }
+    if hardware.kind == "cuda":
+        rows["link"] = f"{hardware.link_rate / 1e9:.3g} GB/s from the host ({source})"
     if hardware.sm:
         rows["compute capability"] = f"{hardware.sm / 10:.1f}"
     if hardware.kind == "cpu":

@@ -1,7 +1,8 @@
 """Bytes of each network's weights, part by part, and of what is alive beside them while a stage runs.
 
 Counted, not estimated: networks are built on the meta device, and stages are run there under a counter of live tensors. What
-attention allocates is its result, as every fused implementation does; Triton kernels allocate their results only.
+fused attention allocates is its result and its sums; Triton kernels allocate their results only. What is kept from one stage to the
+next is added up from its shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from . import costs, quant
+from . import attention, costs, quant
 from .costs import WIDTH, Architecture, Work
 from .errors import OutputError
 from .files import cache_folder, write
@@ -32,6 +33,7 @@ from .model.autoencoder import Autoencoder
 from .model.blocks import SCHEDULE, repeated
 from .model.language import Layer
 from .model.meta import meta
+from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops, Rotary
 from .model.transformer import Flux2Transformer, Modulation
 from .offload.streamed import HOSTED, RING
@@ -147,7 +149,9 @@ def remembered(count: Count) -> Count:
 def counts_file() -> Path:
     """Counts made by this version of torch and of the code that they follow from."""
     here = Path(__file__).parent
-    sources = sorted(p for name in ("*.py", "model/*.py", "offload/*.py", "quant/*.py") for p in here.glob(name))
+    sources = sorted(
+        p for name in ("*.py", "attention/*.py", "model/*.py", "offload/*.py", "quant/*.py") for p in here.glob(name)
+    )
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -196,19 +200,54 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention that allocates its result alone, [B, H, T, d] in the layout that the fused kernels give."""
+class Workspaces(TorchFunctionMode):
+    """What kernels allocate beside their results and the meta device does not show.
+
+    Fused attention gives [B, H, T, d] in the layout of [B, T, H, d] and allocates the logarithms of its sums, a mask of booleans in
+    q's type, and on a CPU each thread's scores. A CPU's convolutions of contiguous pictures work in a layout of their own, to which
+    the picture is copied and from which the result is.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.threads, self.copying = setup.threads, setup.kind == "cpu" and not setup.channels_last
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return torch.empty_like(args[0].transpose(1, 2)).transpose(1, 2)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not written_out():
+            return self.attention(args[0], kwargs.get("attn_mask"))
+        result = func(*args, **kwargs)
+        if func is F.conv2d and self.copying:
+            torch.empty(max(args[0].nbytes, result.nbytes), dtype=torch.uint8)
+        return result
+
+    def attention(self, q: Tensor, mask: Tensor | None) -> Tensor:
+        beside = [] if mask is None else [torch.empty(mask.shape, dtype=q.dtype)]
+        beside.append(torch.empty(q.shape[:-1], dtype=torch.float32))
+        beside.append(torch.empty(self.threads * scores_of_a_thread(q), dtype=torch.uint8))
+        result = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        del beside
+        return result
+
+
+def written_out() -> bool:
+    """Whether torch is held to attention that writes every score to memory."""
+    allowed = torch.backends.cuda
+    return not (allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
+
+
+def scores_of_a_thread(q: Tensor) -> int:
+    """Bytes that a thread of torch's fused attention on a CPU works in. Source: the block sizes of ``cpu_flash_attention`` in
+    ``aten/src/ATen/native/cpu/FlashAttentionKernel.cpp``."""
+    rows, columns = next(size for least, size in ((768, 256), (192, 64), (0, 32)) if q.shape[2] >= least), 512
+    reduced = 0 if q.dtype == torch.float32 else rows * columns * q.element_size()
+    return 4 * rows * (columns + 2 + q.shape[3]) + reduced
 
 
 @contextmanager
-def counted(network: nn.Module) -> Iterator[Peak]:
+def counted(network: nn.Module, setup: Setup) -> Iterator[Peak]:
     """Count what is made inside, on the meta device."""
-    with torch.device("meta"), torch.no_grad(), FusedAttention(), Peak(network) as peak:
+    with torch.device("meta"), torch.no_grad(), Workspaces(setup), Peak(network) as peak:
         yield peak
 
 
@@ -227,18 +266,18 @@ def _gated(x: Tensor, out: Tensor | None) -> Tensor:
 FUSED = Ops(modulated_norm=_like, gated_residual=_like, qk_norm_rope=_rotated, swiglu=_gated, attend=_like)
 """What the Triton kernels allocate."""
 
+WRITING = ("matmul", "sdpa-math")
+"""Attention backends that write scores to memory."""
 
-class _Kept:
-    """Holds what step caching holds of one picture: of each pass the blocks' contributions of two steps and the first one's."""
+TABLES = {"triton": FUSED, "native": NATIVE, "reference": REFERENCE}
+
+
+class _Computed:
+    """A step that is not skipped. What step caching holds is in :func:`sampling`."""
 
     probes = True
 
-    def __init__(self, like: Tensor, passes: int) -> None:
-        self.before = [_like(like) for _ in range(2 + 3 * (passes - 1))]
-        self.added: Tensor | None = None
-
     def rest(self, added: Tensor) -> Tensor | None:
-        self.added = added
         return None
 
     def keep(self, added: Tensor) -> None:
@@ -254,16 +293,58 @@ class Setup:
         dtype: of activations.
         kind: of device.
         form: the weights' format, or None for ``dtype``.
-        fused: whether the Triton kernels run.
+        ops, attention: what computes between the matmuls, and attention, by the plan's names.
         skipping: whether steps may be skipped.
+        folded: whether the decoder's upsampling is folded.
+        channels_last: whether convolutions run in that layout.
+        threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
     """
 
     arch: Architecture
     dtype: str
     kind: Kind
     form: quant.Format | None = None
-    fused: bool = False
+    ops: str = "reference"
+    attention: str = "sdpa"
     skipping: bool = False
+    folded: bool = False
+    channels_last: bool = True
+    threads: int = 0
+
+    @property
+    def table(self) -> Ops:
+        """Operations that allocate as the plan's do; attention that writes scores as itself, any other as fused kernels."""
+        return replace(TABLES[self.ops], attend=attention.load(self.attention if self.attention in WRITING else "sdpa"))
+
+
+def texts(setup: Setup, work: Work) -> int:
+    """Bytes of the prompts' embeddings of all pictures that are made together, each of a request of its own at most."""
+    own = setup.arch.transformer
+    return setup.arch.passes * work.batch * setup.arch.text_tokens * own.joint_attention_dim * WIDTH[setup.dtype]
+
+
+def carried(setup: Setup, work: Work) -> int:
+    """Bytes that live from the first stages to the end of decoding: embeddings, references' latents and the pictures'."""
+    arch, own = setup.arch, setup.arch.transformer
+    tokens = work.batch * arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+    return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
+
+
+def sampling(setup: Setup, work: Work) -> int:
+    """Bytes that live from one denoising step to the next: what is carried, the prompts side by side and embedded, references as
+    tokens, the schedule's table, rotary tables, samples in float32, and what step caching holds."""
+    arch, own, width = setup.arch, setup.arch.transformer, WIDTH[setup.dtype]
+    image, others = arch.tokens(work.width, work.height), sum(arch.tokens(*size) for size in work.references)
+    text, batch = arch.text_tokens, work.batch
+    values = batch * text * own.joint_attention_dim + others * own.in_channels
+    values += batch * arch.passes * text * own.width + 17 * work.steps * own.width
+    if setup.skipping:  # of each pass the blocks' contributions of two steps, and the first one's
+        values += batch * 3 * arch.passes * image * own.width
+    floats = 2 * (text + image + others) * (own.attention_head_dim // 2)
+    floats += ((3 + arch.passes) * batch * image + others) * own.in_channels
+    if setup.kind == "cpu":  # where the noise and the positions, four int64 each, are on the same memory
+        floats += batch * image * own.in_channels + 8 * (text + image + others)
+    return carried(setup, work) + values * width + 4 * floats
 
 
 @remembered
@@ -271,27 +352,19 @@ def denoising(setup: Setup, work: Work) -> int:
     """Most bytes alive beside the transformer's weights in a step: one double and one single block stand for all."""
     arch, kind, own = setup.arch, DTYPES[setup.dtype], setup.arch.transformer
     few = replace(own, num_layers=min(2, own.num_layers), num_single_layers=min(2, own.num_single_layers))
-    image = arch.tokens(work.width, work.height)
-    others = sum(arch.tokens(*size) for size in work.references)
+    image, others = arch.tokens(work.width, work.height), sum(arch.tokens(*size) for size in work.references)
     with meta():
-        network = Flux2Transformer(few, FUSED if setup.fused else REFERENCE).to(kind)
-    prepare(network, setup)
-    with counted(network) as peak:
-        text = torch.empty(arch.passes, arch.text_tokens, own.joint_attention_dim, dtype=kind)
-        latents = torch.empty(1, others, own.in_channels, dtype=kind)
-        contexts = torch.empty(arch.passes * work.batch, arch.text_tokens, own.width, dtype=kind)
-        table = torch.empty(work.steps, 17, own.width, dtype=kind)
-        tables = Rotary(*torch.empty(2, arch.text_tokens + image + others, own.attention_head_dim // 2))
-        samples = torch.empty(2 + arch.passes, work.batch, image, own.in_channels)
+        network = Flux2Transformer(few, setup.table).to(kind)
+        contexts = torch.empty(work.batch, arch.text_tokens, own.width, dtype=kind)
         tokens = torch.empty(work.batch, image + others, own.in_channels, dtype=kind)
+        tables = Rotary(*torch.empty(2, arch.text_tokens + image + others, own.attention_head_dim // 2))
         parts = tuple(torch.empty(1, 1, own.width, dtype=kind) for _ in range(17))
         mod = Modulation(parts[:6], parts[6:12], parts[12:15], parts[15:])
-        like = torch.empty(image, own.width, dtype=kind)
-        kept = [_Kept(like, arch.passes) for _ in range(work.batch)] if setup.skipping else None
-        del like
-        network(tokens, contexts[: work.batch], mod, tables, image, kept)
-        del text, latents, table, samples
-    return peak.peak
+    prepare(network, setup)
+    steps = [_Computed()] * work.batch if setup.skipping else None
+    with counted(network, setup) as peak:
+        network(tokens, contexts, mod, tables, image, steps)
+    return sampling(setup, work) + peak.peak
 
 
 @remembered
@@ -302,45 +375,50 @@ def encoding(setup: Setup) -> int:
     with meta():
         network.layers = nn.ModuleList([Layer(arch.language)]).to(kind)
     prepare(network, setup)
-    with counted(network) as peak:
+    with counted(network, setup) as peak:
         size = arch.language.hidden_size
-        kept = torch.empty(len(arch.text_layers) * (arch.passes + 1), arch.text_tokens, size, dtype=kind)
-        mask = torch.empty(1, 1, arch.text_tokens, arch.text_tokens, dtype=torch.bool)
+        kept = torch.empty(len(arch.text_layers), arch.text_tokens, size, dtype=kind)
+        causal, mask = torch.empty(2, 1, 1, arch.text_tokens, arch.text_tokens, dtype=torch.bool).unbind()
         rotary = tuple(torch.empty(arch.text_tokens, arch.language.head_dim, dtype=kind) for _ in range(2))
         x = torch.empty(1, arch.text_tokens, size, dtype=kind)
         network.layers[0](x, rotary, mask)  # type: ignore[index]
-        del kept
+        del kept, causal
     return peak.peak
 
 
 @cache
-def autoencoder(arch: Architecture, dtype: str) -> Autoencoder:
+def autoencoder(arch: Architecture, dtype: str, folded: bool) -> Autoencoder:
     """The autoencoder on the meta device; not to be changed."""
     with meta():
-        return Autoencoder(arch.autoencoder).to(DTYPES[dtype])
+        network = Autoencoder(arch.autoencoder).to(DTYPES[dtype])
+        if folded:
+            network.fold_upsampling()
+    return network
 
 
 @remembered
 def decoding(setup: Setup, width: int, height: int, tile: int) -> int:
-    """Most bytes alive beside the autoencoder's weights while one picture is decoded, in tiles of ``tile`` pixels or whole."""
-    m = setup.arch.multiple
+    """Most bytes alive beside the autoencoder's weights while one picture is decoded, in tiles of ``tile`` pixels or whole, and
+    brought into its range."""
+    m, wide = setup.arch.multiple, WIDTH[setup.dtype]
     sides = [-(-n // m) for n in (width, height)]
+    pixels = sides[0] * sides[1] * m * m
     blending = 0
     if tile and max(sides) * m > tile:
-        blending = 4 * 4 * sides[0] * sides[1] * m * m
+        blending = 4 * 4 * pixels
         sides = [min(n, max(4, tile // m)) for n in sides]
-    network = autoencoder(setup.arch, setup.dtype)
-    with counted(network) as peak:
+    network = autoencoder(setup.arch, setup.dtype, setup.folded)
+    with counted(network, setup) as peak:
         channels = setup.arch.autoencoder.latent_channels * 4
         network.decode(torch.empty(1, channels, sides[1], sides[0], dtype=DTYPES[setup.dtype]))
-    return peak.peak + blending
+    return max(peak.peak + blending, 3 * pixels * max(3 * wide, 2 * wide + 4))
 
 
 @remembered
 def referring(setup: Setup, width: int, height: int) -> int:
     """Most bytes alive beside the autoencoder's weights while a reference picture is encoded."""
-    network = autoencoder(setup.arch, setup.dtype)
-    with counted(network) as peak:
+    network = autoencoder(setup.arch, setup.dtype, False)
+    with counted(network, setup) as peak:
         network.encode(torch.empty(1, 3, height, width, dtype=DTYPES[setup.dtype]))
     return peak.peak
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .errors import BackendUnavailableError, PlanError
 from .presets import DevicePreset, devices
+from .rates import measured
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +65,12 @@ class Hardware:
         return self.device.split(":")[0] != self.kind
 
 
+ASSUMED_RAM = 64 * 2**30
+"""Bytes of host memory that a described machine is taken to have where nobody says."""
+
+
 def probe(device: str | None = None) -> Hardware:
-    """Look at the machine; nothing is timed.
+    """Look at the machine; nothing is timed, but rates that :mod:`flux2_local.rates` kept are used.
 
     Args:
         device: "cuda", "cuda:1", "cpu", "mps", or None for the best there is.
@@ -73,9 +78,13 @@ def probe(device: str | None = None) -> Hardware:
     Raises:
         PlanError: no such device here.
     """
+    return measured(look(device or default_device()))
+
+
+def look(device: str) -> Hardware:
+    """The device by its name and public figures."""
     import torch
 
-    device = device or default_device()
     kind = device.split(":")[0]
     if kind == "cuda":
         return _probe_cuda(device)
@@ -183,7 +192,7 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
 
     Args:
         name: of the preset.
-        ram: bytes of host memory; this machine's where None.
+        ram: bytes of host memory; :data:`ASSUMED_RAM` where None.
 
     Raises:
         PlanError: no such preset.
@@ -200,7 +209,7 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
         name=row.title,
         memory=row.memory,
         free=row.memory if row.kind == "cpu" else row.memory - 600 * 2**20,
-        ram=ram or host_memory()[0],
+        ram=ram or ASSUMED_RAM,
         cores=os.cpu_count() or 1,
         sm=row.sm,
         fast_dtypes=fast,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +26,12 @@ from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
-from .offload import Hold, adapt, place
+from .offload import Hold, Later, adapt, place
 from .quant import convert, disk
 from .quant.recipe import Recipe
 from .text.encode import PromptStyle
+from .text.kept import KeptPrompts
+from .text.memory import remembering
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ class Components:
     hold_vae: Hold
     notes: tuple[str, ...] = ()
     """What happened while loading that the user should know, a line each."""
+    told: list[str] = field(default_factory=list)
+    """What happened since, a line each, until it is said."""
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
@@ -75,7 +80,13 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     )
 
 
-def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tuple[Lora, ...] = ()) -> Components:
+def build(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    hardware: Hardware,
+    adapters: tuple[Lora, ...] = (),
+    keep_prompts: bool = False,
+) -> Components:
     """Read the weights and place them as the plan says.
 
     Args:
@@ -83,6 +94,7 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         checkpoint: where the files are.
         hardware: the device to place them on.
         adapters: LoRAs merged into the transformer, in order.
+        keep_prompts: keep prompts' embeddings on disk, and read the text encoder when a prompt is not among them.
 
     Raises:
         BackendUnavailableError: the plan's attention backend does not import.
@@ -92,10 +104,18 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
     with meta():
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
-    notes = (
-        fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device),
-        fill(text_encoder, plan.text_encoder, plan.dtype, Source(checkpoint, "text_encoder"), device),
-    )
+    note = fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
+    text_source = Source(checkpoint, "text_encoder")
+    told: list[str] = []
+
+    def read_text_encoder() -> Hold:
+        with torch.inference_mode(
+            False
+        ):  # the first use may be inside it, and weights made there could not be changed later
+            told.append(fill(text_encoder, plan.text_encoder, plan.dtype, text_source, device))
+            return place(text_encoder.eval(), device, plan.text_encoder)
+
+    hold_text_encoder: Hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
     if plan.compile == "blocks":
         compile_blocks(transformer, cache_folder("compiled"))
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
@@ -103,23 +123,37 @@ def build(plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tupl
         vae.fold_upsampling()
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    networks: tuple[nn.Module, ...] = (transformer, text_encoder, vae)
-    held = (plan.transformer, plan.text_encoder, plan.vae)
-    hold_transformer, hold_text_encoder, hold_vae = (
-        place(n.eval(), device, h) for n, h in zip(networks, held, strict=True)
-    )
-    return Components(
+    components = Components(
         transformer=transformer,
         text_encoder=text_encoder,
         vae=vae,
         tokenizer=ChatTokenizer(checkpoint.folder / "tokenizer"),
         style=prompt_style(checkpoint),
         device=device,
-        hold_transformer=hold_transformer,
+        hold_transformer=place(transformer.eval(), device, plan.transformer),
         hold_text_encoder=hold_text_encoder,
-        hold_vae=hold_vae,
-        notes=tuple(note for note in notes if note),
+        hold_vae=place(vae.eval(), device, plan.vae),
+        notes=tuple(n for n in (note, *told) if n),
     )
+    if not keep_prompts:
+        return components
+    components = replace(components, told=told)
+    kept = KeptPrompts(text_facts(plan, text_source, arch), DTYPES[plan.dtype], told=told)
+    return remembering(components, kept)
+
+
+def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
+    """All that a prompt's embedding follows from beside its tokens, as JSON."""
+    held = plan.text_encoder
+    known = {
+        "torch": torch.__version__,
+        "device": plan.device.split(":")[0],
+        "format": held.format,
+        "keep": held.keep,
+        "layers": arch.text_layers,
+        "sources": [disk.fingerprint(path) for path in source.files],
+    }
+    return json.dumps(known, sort_keys=True)
 
 
 def settle(components: Components, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import images, load, lora, quant, safety, store
 from .attention import AUTO, NAMES
-from .candidates import SYSTEM_RESERVE, Need
+from .candidates import PREVIEW, SYSTEM_RESERVE, Need
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
 from .hardware import Hardware, from_preset, probe
@@ -53,6 +53,7 @@ class Settings:
         attention: "auto", or the attention backend insisted on.
         quantize: "auto", "none" or the format that the weights are to have.
         compiled: whether torch.compile is to be used, or None to leave it to the plan.
+        keep_prompts: whether prompts' embeddings are kept on disk.
     """
 
     variant: Variant
@@ -63,6 +64,7 @@ class Settings:
     attention: str = AUTO
     quantize: str = "auto"
     compiled: bool | None = None
+    keep_prompts: bool = False
 
     def plan(self, need: Need, hardware: Hardware) -> Plan:
         """How ``need`` is met within these settings.
@@ -95,7 +97,8 @@ class Flux2:
     def _build(self, plan: Plan) -> load.Components:
         path = store.require_lora(self.checkpoint, self.settings.variant)
         own = (lora.Lora(path),) if path is not None else ()
-        return load.build(plan, self.checkpoint, self.hardware, (*own, *self.settings.adapters))
+        adapters = (*own, *self.settings.adapters)
+        return load.build(plan, self.checkpoint, self.hardware, adapters, self.settings.keep_prompts)
 
     @classmethod
     def load(
@@ -112,6 +115,7 @@ class Flux2:
         base: str | Path | None = None,
         attention: str = AUTO,
         compile: bool | None = None,  # noqa: A002
+        keep_prompts: bool = False,
     ) -> Flux2:
         """Find a model, plan for this machine and load it. Nothing is downloaded.
 
@@ -130,6 +134,8 @@ class Flux2:
             attention: a backend of :mod:`flux2_local.attention` to insist on; "auto" takes the fastest that the tier permits.
             compile: True has torch.compile take the transformer's blocks: slow to start, worth it for hundreds of pictures; what is
                 compiled is kept for the next process. None leaves it to the plan.
+            keep_prompts: keep prompts' embeddings in the user's cache folder (not the prompts, and at most 1 GiB), and read the
+                text encoder only for a prompt that is not among them: the next process draws it sooner.
 
         Raises:
             RequestError: an argument that is none of its allowed values.
@@ -137,6 +143,7 @@ class Flux2:
             PlanError: the device is not there, the attention backend cannot be used, or the model does not fit.
         """
         settings = make_settings(variant, acceleration, vram, dtype, lora, attention, quantize, compile)
+        settings = replace(settings, keep_prompts=keep_prompts)
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(
@@ -502,6 +509,8 @@ class Run:
                     f"The prompt is longer than {c.style.length} tokens; what comes after them was not read."
                 )
             text, *negative = (encode.embed(c.text_encoder, t, c.device) for t in tokens)
+            self.notes += filter(None, c.told)
+            c.told.clear()
             return text, negative[0] if negative else None
 
     def tokens(self, prompt: str) -> list[Tokens]:
@@ -518,7 +527,7 @@ class Run:
 
         c = self.flux._components
         with self.stage("references"), c.hold_vae(), torch.inference_mode():
-            pixels = [images.reference_pixels(p, c.vae.multiple) for p in pictures]
+            pixels = (images.reference_pixels(p, c.vae.multiple) for p in pictures)
             return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
 
     def denoise(self, shots: list[Shot], done: int, count: int) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -566,7 +575,7 @@ class Run:
             return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
 
     def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """A small picture of an estimate of the latents, at most 16 tokens long."""
+        """A small picture of an estimate of the latents, at most :data:`~flux2_local.candidates.PREVIEW` tokens long."""
         import torch
         import torch.nn.functional as F
 
@@ -575,7 +584,7 @@ class Run:
         c = self.flux._components
         with c.hold_vae(), torch.inference_mode():
             z = layout.unpack(estimate[:1], *grid)
-            scale = 16 / max(grid)
+            scale = PREVIEW / max(grid)
             if scale < 1:
                 z = F.interpolate(z, scale_factor=scale, mode="area")
             return images.from_pixels(c.vae.decode(z.to(c.vae.dtype)))

@@ -164,7 +164,7 @@ def make_plan(
     cache_choice, cache = choose_cache(need)
     folded = folds(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value == "triton", cache is not None, folded)
+    terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
     wanted = formats(need.tier, hardware, dtype, quantize)
     drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
@@ -211,6 +211,7 @@ def make_plan(
             upsampling_choice(need.tier, hardware, dtype),
             cache_choice,
             batch_choice,
+            figures_choice(hardware),
         ),
         options=tuple(option(c, need.work, verdicts.get(c.name, f"taken, {reason}")) for c in candidates),
     )
@@ -335,6 +336,20 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = Fals
         why = "few of torch's own operators, within float32's rounding of the reference's"
         return Choice("ops", "native", why, (*lost, ("reference", slower)))
     return Choice("ops", "reference", "plain torch, which runs everywhere", lost)
+
+
+def figures_choice(hardware: Hardware) -> Choice:
+    """What the predictions rest on."""
+    rates = f"{max(hardware.flops.values()) / 1e12:.3g} TFLOP/s"
+    if hardware.kind == "cuda":
+        rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
+    if hardware.measured:
+        return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
+    if hardware.described:
+        return Choice(
+            "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"
+        )
+    return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
 
 
 def layout_choice(tier: Tier) -> Choice:

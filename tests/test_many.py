@@ -115,12 +115,15 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
     arch, one = load.architecture(flux.checkpoint), Work(512, 512)
     need = Need("tiny", "standard", tiers()["regular"], arch, one)
     plenty = make_plan(need, replace(flux.hardware, free=10**12), dtype="float32")
-    setup = footprint.Setup(arch, "float32", "cpu", skipping=True)
+    own = {"ops": plenty.ops, "attention": plenty.attention, "threads": flux.hardware.cores}
+    setup = footprint.Setup(arch, "float32", "cpu", skipping=True, folded=True, **own)
     single, four = (footprint.denoising(setup, replace(one, batch=count)) for count in (1, 4))
     names = ("transformer", "text_encoder", "vae")
     held = sum(footprint.weights(arch, name, "float32", folded=True).total for name in names)
     assert plenty.batch == 4 and four > 2 * single
-    assert plenty.peak_bytes == held + max(four, footprint.decoding(setup, 512, 512, 0), footprint.encoding(setup))
+    decoding = footprint.carried(setup, replace(one, batch=4)) + footprint.decoding(setup, 512, 512, 0)
+    previewing = footprint.sampling(setup, replace(one, batch=4)) + footprint.decoding(setup, 512, 512, 0)
+    assert plenty.peak_bytes == held + footprint.encoding(setup) + max(four, decoding, previewing)
 
 
 def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):

@@ -13,7 +13,7 @@ LAYERS = (
     ("pipeline",),
     ("safety", "load", "many"),
     ("sampler", "plan", "candidates", "footprint", "text", "lora", "store", "offload", "quant", "attention", "cache"),
-    ("costs", "hardware", "schedule", "latents"),
+    ("costs", "hardware", "rates", "schedule", "latents"),
     ("model",),
     ("weights", "result", "images", "files", "progress"),
     ("presets",),

@@ -37,6 +37,7 @@ def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = torch.bmm(queries[:, part].transpose(0, 1), keys[:, part].permute(1, 2, 0))
             torch.softmax(scores, -1, out=scores)
             torch.bmm(scores, values[:, part].transpose(0, 1), out=results[:, part].transpose(0, 1))
+            del scores  # or it would still be there while the next ones are computed
     return out
 
 

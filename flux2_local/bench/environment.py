@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ PACKAGES = (
     "flux2-local", "torch", "diffusers", "transformers", "triton", "torchao", "optimum-quanto", "xformers", "cache-dit",
     "safetensors",
 )  # fmt: skip
-COPIED, PRODUCT = {"cuda": 2**30, "cpu": 2**28}, {"cuda": 8192, "cpu": 2048}
-"""What rates are measured on: bytes copied, and the side of the matrices multiplied."""
 
 
 def said(*command: str) -> str:
@@ -65,27 +63,6 @@ def card(device: str) -> Iterator[tuple[str, Any]]:
     yield "cuda", torch.version.cuda
     query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
     yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-
-
-def rates(device: str, dtypes: Iterable[str], seconds: float = 0.5) -> dict[str, float]:
-    """What the device reaches in the two things that bound everything: bytes/s of a copy (read plus written) as ``copy``, and
-    FLOP/s of a square matrix product per dtype; medians over ``seconds`` each."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-
-    def median(code: str, **names: Any) -> float:
-        timer = Timer(code, globals=names, num_threads=torch.get_num_threads())
-        return float(timer.blocked_autorange(min_run_time=seconds).median)
-
-    source = torch.ones(COPIED[kind], dtype=torch.uint8, device=device)
-    found = {"copy": 2 * source.numel() / median("b.copy_(a)", a=source, b=torch.empty_like(source))}
-    del source
-    for dtype in dtypes:
-        a, b = (torch.randn(PRODUCT[kind], PRODUCT[kind], device=device).to(getattr(torch, dtype)) for _ in range(2))
-        found[dtype] = 2 * PRODUCT[kind] ** 3 / median("a @ b", a=a, b=b)
-    return found
 
 
 def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:

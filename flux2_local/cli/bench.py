@@ -45,7 +45,7 @@ def bench(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    from .. import store
+    from .. import rates, store
     from ..bench import environment, results, runner
     from ..bench.contenders import select
     from ..bench.subject import PROMPTS, Judged, Subject
@@ -74,13 +74,13 @@ def bench(
     if hardware.kind == "cuda":
         record |= dict(environment.card(hardware.device))
     dtypes = {"float32", *hardware.fast_dtypes}
-    record["rates"] = rates = environment.rates(hardware.device, sorted(dtypes))
+    record["rates"] = reached = rates.measure(hardware.device, sorted(dtypes), seconds=0.5)
     record |= {"model": model, "steps": steps, "rounds": rounds, "prompts": prompts[:rounds], "rows": [], "refused": {}}
     rows: list[results.Row] = []
     for width, height in shapes:
         subject = Subject(model, hardware.device, width, height, steps)
         outcome = runner.run(chosen, subject, prompts, rounds, apart, lambda line: typer.echo(line, err=True))
-        found = results.rows(outcome, subject, rates)
+        found = results.rows(outcome, subject, reached)
         if judged is not None:
             found = results.with_adherence(found, outcome, judged)
             right, asked = judged.ceiling(width, height, rounds)

@@ -67,6 +67,7 @@ def generate(
     attention: options.Attention = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = None,
+    keep_prompts: options.KeepPrompts = None,
     base: options.Base = None,
     repeat: From = None,
     as_json: options.Json = False,
@@ -97,6 +98,7 @@ def generate(
         "attention": attention,
         "quantize": quantize,
         "compile": compiled,
+        "keep_prompts": keep_prompts,
         "base": base,
     }
     if repeat is not None:

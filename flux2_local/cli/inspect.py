@@ -96,10 +96,15 @@ def download(
             print(fetch(part))
 
 
-def doctor(as_json: options.Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the device in about a second; plans go by the rates from then on.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
     from ..explore import diagnosis
 
-    facts = diagnosis()
+    facts = diagnosis(measure)
     if as_json:
         print(json.dumps(facts))
         return

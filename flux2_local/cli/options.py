@@ -56,6 +56,13 @@ Compile = Annotated[
         help="torch.compile the transformer: slow to start, for hundreds of pictures. Default: what the plan says.",
     ),
 ]
+KeepPrompts = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-prompts",
+        help="Keep prompts' embeddings (not the prompts) in the cache folder: the same prompt is drawn sooner next time.",
+    ),
+]
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
 ]

@@ -290,12 +290,16 @@ class Autoencoder(nn.Module):
         weights = total.new_zeros(1, 1, height * m, width * m)
         for y in starts(height, side):
             for x in starts(width, side):
-                part = self.decode(latents[:, :, y : y + side, x : x + side]).float()
-                weight = ramp(part.shape[2], overlap, part)[:, None] * ramp(part.shape[3], overlap, part)
-                area = (..., slice(y * m, y * m + part.shape[2]), slice(x * m, x * m + part.shape[3]))
-                total[area] += part * weight
-                weights[area] += weight
+                corner = (..., slice(y * m, (y + side) * m), slice(x * m, (x + side) * m))
+                self._add_tile(latents[:, :, y : y + side, x : x + side], overlap, total[corner], weights[corner])
         return total.div_(weights).to(latents.dtype)
+
+    def _add_tile(self, latents: Tensor, overlap: int, total: Tensor, weights: Tensor) -> None:
+        """Decode a tile onto its place. Nothing of it is left when the next one is decoded."""
+        part = self.decode(latents).float()
+        weight = ramp(part.shape[2], overlap, part)[:, None] * ramp(part.shape[3], overlap, part)
+        weights += weight
+        total += part.mul_(weight)
 
 
 def starts(length: int, side: int) -> list[int]:

@@ -343,7 +343,8 @@ class Flux2Transformer(nn.Module):
         if shortcuts[0].probes:
             x, c = doubles.pop(0)(x, c, mod, rotary, self.ops)
         entered = x[:, :keep]
-        known = [s.rest(added) for s, added in zip(shortcuts, entered - embedded, strict=True)]
+        # Subtracted one by one: a part of the whole batch's difference would keep all of it alive.
+        known = [s.rest(after - before) for s, after, before in zip(shortcuts, entered, embedded, strict=True)]
         pictures = [a if added is None else a + added for a, added in zip(entered, known, strict=True)]
         due = [i for i, added in enumerate(known) if added is None]
         if due:

@@ -26,6 +26,22 @@ def place(network: nn.Module, device: torch.device, held: ComponentPlan) -> Hold
     return (resident if held.placement == "resident" else staged).hold(network, device)
 
 
+class Later:
+    """A network that is loaded when it is first used.
+
+    Args:
+        load: gives it its weights and the way to use it.
+    """
+
+    def __init__(self, load: Callable[[], Hold]) -> None:
+        self.load = load
+        self.hold: Hold | None = None
+
+    def __call__(self) -> AbstractContextManager[None]:
+        self.hold = self.hold or self.load()
+        return self.hold()
+
+
 def adapt(hold: Hold, held: ComponentPlan) -> None:
     """Let other blocks stay from the next use on, where the network streams."""
     from .streamed import Streamed

@@ -1,4 +1,4 @@
-"""Prompts encoded once: a text encoder that remembers what it gave, for as long as many requests are worked through."""
+"""Prompts encoded once: a text encoder that remembers what it gave, for as long as many requests are worked through, or on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..load import Components
+    from .kept import KeptPrompts
     from .tokenizer import Tokens
 
 ROOM = 256 * 2**20
@@ -26,17 +27,18 @@ class Memory:
 
     Attributes:
         encoded: how often the model itself had to work.
+        kept: where embeddings are kept beyond the process, or None.
     """
 
-    def __init__(self, components: Components, room: int = ROOM) -> None:
-        self.plain, self.room, self.held, self.encoded = components, room, 0, 0
+    def __init__(self, components: Components, room: int = ROOM, kept: KeptPrompts | None = None) -> None:
+        self.plain, self.room, self.held, self.encoded, self.kept = components, room, 0, 0, kept
         self.known: OrderedDict[tuple[bytes, bytes], Tensor] = OrderedDict()
         self.turn = threading.Lock()
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         key = key_of(ids, mask)
         with self.turn:
-            if key not in self.known:
+            if key not in self.known and not self._recall(ids, mask):
                 with self.plain.hold_text_encoder():
                     self._learn(ids, mask)
             self.known.move_to_end(key)
@@ -46,7 +48,7 @@ class Memory:
     def read(self, prompts: Iterable[Tokens]) -> None:
         """Encode what is not known yet, with the weights moved once for all of it."""
         with self.turn:
-            new = {key_of(t.ids, t.mask): t for t in prompts if not self.knows([t])}
+            new = {key_of(t.ids, t.mask): t for t in prompts if not self.knows([t]) and not self._recall(t.ids, t.mask)}
             if not new:
                 return
             with self.plain.hold_text_encoder():
@@ -58,9 +60,22 @@ class Memory:
         return all(key_of(t.ids, t.mask) in self.known for t in prompts)
 
     def _learn(self, ids: Tensor, mask: Tensor) -> None:
-        """Encode a prompt and let the oldest ones go where there is no room."""
+        """Encode a prompt."""
         embedded = self.plain.text_encoder(ids, mask).cpu()
         self.encoded += 1
+        self._hold(ids, mask, embedded)
+        if self.kept is not None:
+            self.kept.write(ids, mask, embedded)
+
+    def _recall(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether the embedding was on disk; it is known then."""
+        embedded = None if self.kept is None else self.kept.read(ids, mask)
+        if embedded is not None:
+            self._hold(ids, mask, embedded)
+        return embedded is not None
+
+    def _hold(self, ids: Tensor, mask: Tensor, embedded: Tensor) -> None:
+        """Let the oldest ones go where there is no room."""
         self.known[key_of(ids, mask)] = embedded
         self.held += embedded.nbytes
         while self.held > self.room and len(self.known) > 1:
@@ -78,11 +93,11 @@ def key_of(ids: Tensor, mask: Tensor) -> tuple[bytes, bytes]:
     return ids.cpu().numpy().tobytes(), mask.cpu().numpy().tobytes()
 
 
-def remembering(components: Components) -> Components:
-    """``components`` with a text encoder that remembers; themselves, where it does already."""
+def remembering(components: Components, kept: KeptPrompts | None = None) -> Components:
+    """``components`` with a text encoder that remembers, on disk too where ``kept`` says; themselves, where it does already."""
     if isinstance(components.text_encoder, Memory):
         return components
-    memory: Any = Memory(components)
+    memory: Any = Memory(components, kept=kept)
     return replace(components, text_encoder=memory, hold_text_encoder=lambda: memory)
 
 
