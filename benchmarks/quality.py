@@ -30,7 +30,7 @@ from flux2_local.bench import environment
 from flux2_local.bench.metrics import psnr, ssim
 from flux2_local.bench.subject import PROMPTS
 from flux2_local.costs import Work
-from flux2_local.pipeline import choose, find_hardware, make_settings
+from flux2_local.settings import choose, find_hardware, make_settings
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.render import render

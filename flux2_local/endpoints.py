@@ -159,7 +159,7 @@ class Pipelines:
 
 def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
     from .costs import Work
-    from .pipeline import choose, find_hardware, make_settings
+    from .settings import choose, find_hardware, make_settings
 
     a = arguments
     settings = make_settings(

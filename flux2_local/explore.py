@@ -15,10 +15,10 @@ from .hardware import Hardware, cpu_flags, package, probe
 from .model.autoencoder import AutoencoderConfig
 from .model.language import LanguageConfig
 from .model.transformer import TransformerConfig
-from .pipeline import Settings, choose, find_hardware
 from .plan import Plan, make_plan
 from .presets import ModelPreset, families, models, show_bytes, tiers
 from .quant import FORMATS
+from .settings import Settings, choose, find_hardware
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,10 @@ from .errors import Flux2Error, OutOfMemoryError, PlanError, RequestError
 from .request import Request, derive_seed
 
 if TYPE_CHECKING:
-    from .pipeline import Flux2, Run
+    from .pipeline import Flux2
     from .progress import Reporter
     from .result import Result
+    from .stages import Run
     from .text.memory import Memory
 
 T = TypeVar("T")

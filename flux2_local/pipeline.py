@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
-import re
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import images, load, lora, quant, safety, store
-from .attention import AUTO, NAMES
-from .candidates import PREVIEW, SYSTEM_RESERVE, Need
+from . import images, load, lora, safety, store
+from .attention import AUTO
+from .candidates import SYSTEM_RESERVE, Need
 from .costs import Work
-from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, RequestError
-from .hardware import Hardware, from_preset, probe
-from .plan import Plan, built, make_plan
-from .presets import devices, parse_bytes, show_bytes, tiers
-from .progress import CancelCheck, OnProgress, Progress, Reporter
-from .request import ACCELERATIONS, VARIANTS, Acceleration, Request, Variant, make_request
-from .result import ImageFile, Result, Timings
-from .version import __version__
+from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError
+from .hardware import Hardware
+from .plan import Plan, built
+from .presets import devices, show_bytes, tiers
+from .progress import CancelCheck, OnProgress, Reporter
+from .request import Acceleration, Request, Variant, make_request
+from .result import Result
+from .settings import LoraSource, Settings, choose, find_hardware, make_settings
+from .stages import Run, paint
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from .store import Checkpoint
     from .text.expand import Expander
-    from .text.tokenizer import Tokens
-
-LoraSource = str | Path | tuple[str | Path, float]
-"""A LoRA: a file's path or "owner/name:file", alone or with its strength."""
-
 
 LESS = 0.8
 """Share of a plan's peak that the next one may have where the memory ran out."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :meth:`Flux2.load` was asked for, checked.
-
-    Attributes:
-        variant, acceleration: of every request, unless a request names another acceleration.
-        vram: bytes of device memory that may be used, or None.
-        dtype: compute type insisted on, or None.
-        adapters: the user's LoRAs.
-        attention: "auto", or the attention backend insisted on.
-        quantize: "auto", "none" or the format that the weights are to have.
-        compiled: whether torch.compile is to be used, or None to leave it to the plan.
-        keep_prompts: whether prompts' embeddings are kept on disk.
-    """
-
-    variant: Variant
-    acceleration: Acceleration
-    vram: int | None
-    dtype: str | None
-    adapters: tuple[lora.Lora, ...]
-    attention: str = AUTO
-    quantize: str = "auto"
-    compiled: bool | None = None
-    keep_prompts: bool = False
-
-    def plan(self, need: Need, hardware: Hardware) -> Plan:
-        """How ``need`` is met within these settings.
-
-        Raises:
-            BackendUnavailableError: something insisted on cannot be used.
-            BudgetError: nothing fits.
-        """
-        return make_plan(need, hardware, self.vram, self.dtype, self.attention, self.quantize, self.compiled)
 
 
 class Flux2:
@@ -335,76 +292,6 @@ class Flux2:
         )
 
 
-def make_settings(
-    variant: str,
-    acceleration: str,
-    vram: str | int | None,
-    dtype: str | None,
-    adapters: LoraSource | list[LoraSource] | None,
-    attention: str = AUTO,
-    quantize: str = "auto",
-    compiled: bool | None = None,
-) -> Settings:
-    """Check the arguments of :meth:`Flux2.load`.
-
-    Raises:
-        RequestError: naming the argument, what was given and what is allowed.
-    """
-    for name, value, allowed in (
-        ("variant", variant, VARIANTS),
-        ("acceleration", acceleration, ACCELERATIONS),
-        ("dtype", dtype, (None, *load.DTYPES)),
-        ("attention", attention, NAMES),
-        ("quantize", quantize, quant.NAMES),
-    ):
-        if value not in allowed:
-            words = ", ".join(str(a) for a in allowed if a is not None)
-            raise RequestError(f"{name} must be one of {words}; {value!r} was given.")
-    try:
-        budget = None if vram is None else parse_bytes(vram)
-    except ValueError as error:
-        raise RequestError(f"vram: {error}") from None
-    given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
-    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
-    found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found, attention, quantize, compiled)  # type: ignore[arg-type]
-
-
-def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
-    """This machine's hardware, or the one that a preset of ``devices.toml`` describes."""
-    if device is not None and device.split(":")[0] not in ("cuda", "cpu", "mps"):
-        return from_preset(device, ram)
-    return probe(device)
-
-
-def choose(
-    model: str | Path | None, settings: Settings, hardware: Hardware, work: Work, base: str | Path | None = None
-) -> tuple[Checkpoint, Plan]:
-    """The model to use and its plan. With no model named, the best one on this disk that fits.
-
-    Raises:
-        ModelError, PlanError: as :meth:`Flux2.load`.
-    """
-    named = model is not None
-    found = [store.find(model, settings.variant, base)] if named else list(store.candidates(settings.variant))
-    refused: BudgetError | None = None
-    for checkpoint in found:
-        recipe = checkpoint.preset.recipe(settings.variant)
-        need = Need(
-            checkpoint.name,
-            settings.variant,
-            tiers()[settings.acceleration],
-            load.architecture(checkpoint),
-            replace(work, steps=recipe.steps),
-        )
-        try:
-            return checkpoint, settings.plan(need, hardware)
-        except BudgetError as error:
-            refused = error
-    assert refused is not None, "the bundled model is always a candidate"
-    raise refused
-
-
 def model_notes(checkpoint: Checkpoint, variant: Variant) -> tuple[str, ...]:
     """What the user should know about a model and variant."""
     notes = []
@@ -432,254 +319,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
-
-
-@dataclass
-class Run:
-    """One request on its way through the stages."""
-
-    flux: Flux2
-    plan: Plan
-    request: Request
-    references: list[Image.Image]
-    report: Reporter
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
-
-    def begin_again(self, plan: Plan) -> None:
-        """Forget what a failed attempt has made, and go by another plan."""
-        self.plan = plan
-        self.pictures, self.seconds = [], {}
-        for made in ("text", "negative", "latents"):
-            self.__dict__.pop(made, None)
-
-    def prepare(self) -> None:
-        """Everything before the first denoising step: ``prompt``, ``text``, ``negative`` and ``latents``."""
-        self.prompt = self.expand() if self.request.enable_prompt_expansion else self.request.prompt
-        self.text, self.negative = self.encode(self.prompt)
-        self.latents = self.encoded(self.references) if self.references else []
-
-    def result(self) -> Result:
-        """The painted pictures, checked and encoded."""
-        checked = self.check(self.pictures)
-        finished = self.finish(checked, self.prompt)
-        flagged = tuple(bad for _, bad in checked)
-        notes = (*self.flux.notes, *self.notes)
-        return Result(finished, Timings(**self.seconds), self.seed, flagged, self.prompt, notes)
-
-    @contextmanager
-    def stage(self, name: Any, together: Sequence[Run] = ()) -> Iterator[None]:
-        """Time a stage and report its beginning; on a GPU its work is waited for. Runs that share it share its seconds."""
-        self.report(Progress(name))
-        start = time.perf_counter()
-        yield
-        synchronize(self.flux._components.device)
-        runs = together or (self,)
-        for run in runs:
-            run.seconds[name] = run.seconds.get(name, 0.0) + (time.perf_counter() - start) / len(runs)
-
-    @property
-    def seed(self) -> int:
-        """Of the first picture."""
-        assert self.request.seed is not None
-        return self.request.seed
-
-    def expand(self) -> str:
-        from .text.expand import Expander
-
-        flux, c = self.flux, self.flux._components
-        system = load.system_messages()
-        message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
-        with self.stage("expand"):
-            if flux._expander is None:
-                dtype = load.DTYPES[self.plan.dtype]
-                flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
-            return flux._expander(self.request.prompt, system[message], self.seed)
-
-    def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings of the prompt and, for classifier-free guidance, of the empty prompt; [1, L, joint] each."""
-        from .text import encode
-
-        c = self.flux._components
-        with self.stage("encode"), c.hold_text_encoder():
-            tokens = self.tokens(prompt)
-            if tokens[0].cut:
-                self.notes.append(
-                    f"The prompt is longer than {c.style.length} tokens; what comes after them was not read."
-                )
-            text, *negative = (encode.embed(c.text_encoder, t, c.device) for t in tokens)
-            self.notes += filter(None, c.told)
-            c.told.clear()
-            return text, negative[0] if negative else None
-
-    def tokens(self, prompt: str) -> list[Tokens]:
-        """The prompt and, for classifier-free guidance, the empty prompt."""
-        from .text import encode
-
-        c = self.flux._components
-        guided = self.flux.checkpoint.preset.guidance == "cfg" and self.request.guidance_scale > 1
-        return [encode.tokenize(c.tokenizer, [p], c.style) for p in ([prompt, ""] if guided else [prompt])]
-
-    def encoded(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
-        """Latents [1, C, h, w] of the reference pictures."""
-        import torch
-
-        c = self.flux._components
-        with self.stage("references"), c.hold_vae(), torch.inference_mode():
-            pixels = (images.reference_pixels(p, c.vae.multiple) for p in pictures)
-            return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
-
-    def denoise(self, shots: list[Shot], done: int, count: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Packed latents of ``shots`` [B, N, C], all like this run's own, and their size in tokens.
-
-        Args:
-            shots: the pictures that are denoised together.
-            done, count: denoisings before this one and in all, for the progress.
-        """
-        import torch
-
-        from . import latents as layout
-        from .sampler import Conditions, denoise
-        from .schedule import make_schedule
-
-        flux, request, c = self.flux, self.request, self.flux._components
-        preset = flux.checkpoint.preset
-        width, height = request.size
-        grid = -(-height // c.vae.multiple), -(-width // c.vae.multiple)
-        schedule = make_schedule(preset.recipe(flux.settings.variant), flux.steps(request), grid[0] * grid[1])
-        noise = [layout.noise(run.seed + number, c.transformer.config.in_channels, *grid) for run, number in shots]
-        positions = [
-            layout.text_positions(self.text.shape[1]),
-            layout.image_positions(*grid),
-            layout.reference_positions([(z.shape[2], z.shape[3]) for z in self.latents]),
-        ]
-        conditions = Conditions(
-            text=torch.cat([run.text for run, _ in shots]),
-            negative=self.negative,
-            guidance=request.guidance_scale,
-            embedded=preset.guidance == "embedded",
-            references=torch.cat([layout.pack(z) for z in self.latents], 1) if self.latents else None,
-            rotary=c.transformer.rotary(torch.cat(positions).to(c.device)),
-        )
-        total = schedule.steps * count
-
-        def on_step(step: int, _: torch.Tensor, estimate: torch.Tensor) -> None:
-            synchronize(c.device)
-            self.report(
-                Progress("denoise", done * schedule.steps + step, total, preview=partial(self.preview, estimate, grid))
-            )
-
-        with self.stage("denoise", [run for run, _ in shots]), c.hold_transformer():
-            start = layout.pack(torch.cat(noise)).to(c.device, self.text.dtype)
-            return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
-
-    def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """A small picture of an estimate of the latents, at most :data:`~flux2_local.candidates.PREVIEW` tokens long."""
-        import torch
-        import torch.nn.functional as F
-
-        from . import latents as layout
-
-        c = self.flux._components
-        with c.hold_vae(), torch.inference_mode():
-            z = layout.unpack(estimate[:1], *grid)
-            scale = PREVIEW / max(grid)
-            if scale < 1:
-                z = F.interpolate(z, scale_factor=scale, mode="area")
-            return images.from_pixels(c.vae.decode(z.to(c.vae.dtype)))
-
-    def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """Latents -> picture of the size that was asked for."""
-        import torch
-
-        from . import latents as layout
-
-        c = self.flux._components
-        with self.stage("decode"), c.hold_vae(), torch.inference_mode():
-            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *grid), self.plan.vae_tile))
-        return images.crop(picture, *self.request.size)
-
-    def check(self, pictures: list[Image.Image]) -> list[tuple[Image.Image, bool]]:
-        """Each picture with its flag; flagged ones blackened."""
-        checker = self.flux._checker
-        if not self.request.enable_safety_checker or checker is None:
-            return [(picture, False) for picture in pictures]
-        with self.stage("safety"):
-            flags = [checker(picture) for picture in pictures]
-        return [(images.black(p) if bad else p, bad) for p, bad in zip(pictures, flags, strict=True)]
-
-    def finish(self, checked: list[tuple[Image.Image, bool]], prompt: str) -> tuple[ImageFile, ...]:
-        """Encode the pictures with their settings inside."""
-        request = self.request
-        out = []
-        with self.stage("finish"):
-            for number, (picture, _) in enumerate(checked):
-                seed = self.seed + number
-                settings = self.settings(seed, prompt)
-                data = images.encode(picture, request.output_format, settings)
-                name = f"{slug(request.prompt)}-{seed}{images.SUFFIXES[request.output_format]}"
-                kind = images.CONTENT_TYPES[request.output_format]
-                out.append(ImageFile(data, picture.width, picture.height, kind, name, settings))
-        return tuple(out)
-
-    def settings(self, seed: int, prompt: str) -> dict[str, Any]:
-        """What a picture's metadata says: enough to make it again."""
-        flux, request = self.flux, self.request
-        fields = request.model_dump(
-            exclude={"images", "seed", "num_images", "sync_mode", "acceleration"}, exclude_none=True
-        )
-        settings = {
-            "version": __version__,
-            "model": flux.checkpoint.source,
-            "variant": flux.settings.variant,
-            "acceleration": self.plan.acceleration,
-            "dtype": self.plan.dtype,
-            "seed": seed,
-            "steps": flux.steps(request),
-            **fields,
-        }
-        if prompt != request.prompt:
-            settings["expanded_prompt"] = prompt
-        if self.plan.transformer.format != self.plan.dtype:
-            settings["quantize"] = self.plan.transformer.format
-        if flux.settings.attention != AUTO:
-            settings["attention"] = flux.settings.attention
-        if flux.settings.adapters:
-            settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
-        if request.images:
-            settings["images"] = [
-                s if isinstance(s, str) and not s.startswith("data:") else str(type(s).__name__) for s in request.images
-            ]
-        return settings
-
-
-Shot = tuple[Run, int]
-"""A picture to denoise: whose it is, and which of them."""
-
-
-def paint(runs: list[Run]) -> None:
-    """Denoise and decode every picture of prepared runs that are alike, as many together as the plan says."""
-    shots = [(run, number) for run in runs for number in range(run.request.num_images)]
-    size = runs[0].plan.batch
-    parts = [shots[i : i + size] for i in range(0, len(shots), size)]
-    for done, part in enumerate(parts):
-        tokens, grid = runs[0].denoise(part, done, len(parts))
-        for (run, _), own in zip(part, tokens.split(1), strict=True):
-            run.pictures.append(run.decode(own, grid))
-
-
-def slug(prompt: str) -> str:
-    """A file name's worth of a prompt."""
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
-    return "-".join(words)[:48].rstrip("-") or "image"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, where it has one."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -18,9 +18,9 @@ import numpy as np
 from flux2_local import Flux2, Request
 from flux2_local.bench.metrics import psnr
 from flux2_local.bench.subject import PROMPTS
-from flux2_local.pipeline import Run
 from flux2_local.presets import CachePolicy
 from flux2_local.progress import Reporter
+from flux2_local.stages import Run
 
 THRESHOLDS = (0.1, 0.15, 0.25, float("inf"))
 LIMITS = (1, 2, 3, 4)

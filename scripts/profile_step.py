@@ -27,12 +27,13 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from flux2_local import Flux2, files, pipeline
+from flux2_local import Flux2, files
 from flux2_local.bench import environment
 from flux2_local.cache import StepCache
 from flux2_local.errors import Flux2Error
 from flux2_local.load import Components
 from flux2_local.request import ACCELERATIONS, VARIANTS, parse_size
+from flux2_local.stages import Run
 
 STAGE, PART = "stage: ", "part: "
 OTHER = "other"
@@ -89,15 +90,15 @@ def part_of(path: str) -> str:
 @contextmanager
 def recording() -> Iterator[None]:
     """Let the pipeline's stages and the step cache record themselves."""
-    original = pipeline.Run.stage
+    original = Run.stage
 
     @contextmanager
-    def stage(self: pipeline.Run, name: str, together: Sequence[pipeline.Run] = ()) -> Iterator[None]:
+    def stage(self: Run, name: str, together: Sequence[Run] = ()) -> Iterator[None]:
         with record_function(STAGE + name), original(self, name, together):
             yield
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(pipeline.Run, "stage", stage))
+        stack.enter_context(patch.object(Run, "stage", stage))
         for name in ("rest", "keep"):
             stack.enter_context(patch.object(StepCache, name, ranged(PART + "cache", getattr(StepCache, name))))
         yield

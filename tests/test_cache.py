@@ -26,10 +26,10 @@ def picture(flux):
 
 def with_policy(monkeypatch, policy):
     """Every plan from here on has this policy."""
-    import flux2_local.pipeline as pipeline
+    from flux2_local import settings
 
-    make = pipeline.make_plan
-    monkeypatch.setattr(pipeline, "make_plan", lambda *a: replace(make(*a), cache=policy))
+    make = settings.make_plan
+    monkeypatch.setattr(settings, "make_plan", lambda *a: replace(make(*a), cache=policy))
 
 
 def test_a_linear_course_is_extrapolated_exactly():

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, Result, images, pipeline
-from flux2_local.pipeline import slug
+from flux2_local.stages import slug
 
 FAST = {"image_size": "square", "num_inference_steps": 4, "enable_safety_checker": False}
 

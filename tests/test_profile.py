@@ -8,7 +8,7 @@ from torch.autograd import DeviceType
 
 from flux2_local import Flux2
 from flux2_local.cache import StepCache
-from flux2_local.pipeline import Run
+from flux2_local.stages import Run
 from scripts import profile_step
 from scripts.profile_step import PART, STAGE, Kernel
 

@@ -17,7 +17,7 @@ import torch
 from flux2_local import Flux2
 from flux2_local.bench import environment
 from flux2_local.hardware import probe
-from flux2_local.pipeline import synchronize
+from flux2_local.stages import synchronize
 
 ROUNDS = 5
 

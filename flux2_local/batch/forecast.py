@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..explore import plan_for
-from ..pipeline import Settings
 from ..plan import Plan
 from ..request import Request
+from ..settings import Settings
 from .job import Job
 
 BYTES_PER_PIXEL = {"png": 1.6, "jpeg": 0.45, "webp": 0.25}

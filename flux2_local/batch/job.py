@@ -74,7 +74,7 @@ class Picture:
     @property
     def key(self) -> str:
         """Its name without the ending: line, number and the prompt's first words. Unique in the job."""
-        from ..pipeline import slug
+        from ..stages import slug
 
         return f"{self.line:06d}-{self.number:03d}-{slug(self.request.prompt)}"
 

@@ -229,8 +229,8 @@ def read_job(
     """
     from ..batch import lines
     from ..batch.job import Sweep, make_job, parse_grid, parse_seeds
-    from ..pipeline import make_settings
     from ..request import make_request
+    from ..settings import make_settings
 
     grid, seeds, repeat, job_seed = sweep
     variant = make_settings(loading["variant"], loading.get("acceleration", "regular"), None, None, None).variant
@@ -268,8 +268,8 @@ def tell_bad(job: Job) -> None:
 def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) -> None:
     """What ``--dry-run`` prints."""
     from ..batch.forecast import forecast
-    from ..pipeline import make_settings
     from ..presets import show_bytes
+    from ..settings import make_settings
 
     wishes = {name: loading.get(name, "auto") for name in ("attention", "quantize")}
     settings = make_settings(

@@ -32,9 +32,9 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     from ..explore import plan_for
-    from ..pipeline import make_settings
     from ..presets import parse_bytes
     from ..request import make_request
+    from ..settings import make_settings
 
     wishes = {"attention": attention or "auto", "quantize": quantize or "auto"}
     settings = make_settings(
