@@ -32,7 +32,8 @@ demo: $(VENV)/.demo
 	$(BIN)/flux2-local "$(PROMPT)"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -384,6 +384,7 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
         return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
     if policy is None:
         return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
+    policy = policy.at(need.work.steps)
     spared = f"not in the first {policy.warmup} or the last {policy.tail}"
     if policy.threshold == math.inf:
         return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy

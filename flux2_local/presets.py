@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -94,12 +94,18 @@ class CachePolicy:
         warmup: steps at the beginning that are always computed.
         tail: steps at the end that are always computed.
         limit: most steps skipped in a row.
+        steps: of the pictures that it was calibrated on.
     """
 
     threshold: float
     warmup: int
     tail: int
     limit: int
+    steps: int = 28
+
+    def at(self, steps: int) -> CachePolicy:
+        """The policy for pictures of ``steps`` steps: fewer lie farther apart, and fewer in a row can be skipped."""
+        return replace(self, limit=max(1, self.limit * steps // self.steps), steps=steps)
 
 
 @dataclass(frozen=True)

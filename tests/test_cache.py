@@ -1,5 +1,6 @@
 """Step caching: which steps are skipped, what stands in for them, and that nothing changes where none is."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -97,3 +98,8 @@ def test_only_calibrated_models_and_many_steps_are_cached():
     ):
         choice, policy = chosen(name, variant, tier)
         assert policy is None and choice.value == "off" and choice.reason
+
+
+def test_fewer_steps_skip_fewer_in_a_row():
+    policy = CachePolicy(math.inf, warmup=3, tail=1, limit=4)
+    assert [policy.at(steps).limit for steps in (4, 14, 28, 50)] == [1, 2, 4, 7]

@@ -1,6 +1,7 @@
 """The pytest-benchmark suites of ``benchmarks/suites``, which the default run leaves out."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ SUITES = {"test_ops", "test_block", "test_step", "test_stages", "test_end_to_end
 
 def run_suites(*arguments):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/suites", "--device", "cpu", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
 
 
 def test_a_suite_measures_and_keeps_the_environment(tmp_path):

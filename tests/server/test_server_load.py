@@ -45,6 +45,7 @@ def p99(times):
     return sorted(times)[int(len(times) * 0.99)]
 
 
+@pytest.mark.alone
 def test_two_hundred_pollers_are_answered_at_once_while_it_generates(server):
     job = server.submit(STANDARD, **LONG)
     server.running(job)
