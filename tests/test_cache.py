@@ -88,9 +88,9 @@ def test_only_calibrated_models_and_many_steps_are_cached():
         return choose_cache(Need(name, variant, tier, arch, Work()))
 
     choice, policy = chosen("dev", "standard", high)
-    assert policy is EVERY and choice.value == "first block"
+    assert policy == EVERY and choice.value == "first block"
     choice, policy = chosen("dev", "standard", replace(high, cache={"dev": MASK}))
-    assert policy is MASK and choice.value == "mask" and "2 steps in a row" in choice.reason
+    assert policy == MASK and choice.value == "mask" and "2 steps in a row" in choice.reason
     for name, variant, tier in (
         ("klein-4b", "standard", high),
         ("dev", "turbo", high),

@@ -56,9 +56,10 @@ def prompt_and_guidance(index: int) -> tuple[str, float]:
 def train_trajectories(run: Run) -> None:
     teacher, reader = teacher_of(run), Reader(run)
     sigmas = shifted(FINE, SHIFT)
+    taught = run.path("guidance.safetensors").stat().st_mtime
     for (height, width), whole in COUNTS.items():
         path = path_of(run, (height, width))
-        if path.exists() or (height, width) not in shares(run):
+        if (height, width) not in shares(run) or (path.exists() and path.stat().st_mtime > taught):
             continue
         count = round(whole * run.share)
         part = path.with_suffix(".part")
