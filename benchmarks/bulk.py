@@ -31,9 +31,8 @@ from flux2_local.batch.job import Job, Sweep, make_job
 from flux2_local.batch.lines import Line
 from flux2_local.batch.run import Engine, Target, open_batch
 from flux2_local.bench import environment
+from flux2_local.bench.subject import PROMPTS
 from flux2_local.hardware import usable_cores
-
-from .quality import SHEET
 
 Work = Callable[[Job, Path], None]
 """Make a job's pictures as files of the folder."""
@@ -65,7 +64,7 @@ def job_of(variant: str, side: int, steps: int, pictures: int) -> Job:
     fields: dict[str, Any] = {"image_size": {"width": side, "height": side}, "enable_safety_checker": False}
     if variant == "standard":
         fields["num_inference_steps"] = steps
-    prompts = [f"{SHEET[n % len(SHEET)]}, {n}" for n in range(pictures)]
+    prompts = [f"{PROMPTS[n % len(PROMPTS)]}, {n}" for n in range(pictures)]
     lines = [Line(n, {"prompt": prompt}) for n, prompt in enumerate(prompts, 1)]
     return make_job(lines, Sweep(variant, fields))  # type: ignore[arg-type]
 

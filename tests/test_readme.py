@@ -1,10 +1,12 @@
 """The README keeps its word: every file is in its map, and every command it shows exists."""
 
+import importlib
 import re
 import runpy
 import subprocess
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from flux2_local.cli import app
@@ -73,3 +75,10 @@ def test_tracked_files_stay_small():
 def test_the_table_of_cards_is_what_the_planner_predicts():
     written = README.split("<!-- cards -->\n")[1].split("<!-- /cards -->\n")[0]
     assert written == runpy.run_path(str(ROOT / "scripts" / "card_table.py"))["table"]()
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")]), ids=lambda path: path.stem
+)
+def test_every_script_finds_what_it_imports(path):
+    importlib.import_module(f"{path.parent.name}.{path.stem}")
