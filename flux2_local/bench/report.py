@@ -103,7 +103,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
     """
     rows = read_rows(record)
     sizes = list(dict.fromkeys(row.size for row in rows))
-    plots = [page.with_name(f"{page.stem}-{size}.png") for size in sizes]
+    plots = [page.with_name(f"{page.stem}-{size.replace('×', 'x')}.png") for size in sizes]
     for size, path in zip(sizes, plots, strict=True):
         plot([row for row in rows if row.size == size], path)
     lines = [
