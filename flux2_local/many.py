@@ -25,7 +25,8 @@ OWN = (RequestError, PlanError, OutOfMemoryError)
 """Errors that concern one request; any other ends them all."""
 
 AHEAD_RESIDENT, AHEAD_STAGED = 1, 8
-"""Groups whose prompts are encoded ahead: the next one, or, where the text encoder has to be moved to the device, several."""
+"""Groups whose prompts are encoded ahead: the next one, or, where the text encoder has to be moved to the device, several. On a
+CPU none, where denoising takes every core."""
 
 
 def read(
@@ -95,10 +96,9 @@ def results(flux: Flux2, groups: Iterable[list[Run | Flux2Error]]) -> Iterator[R
     from .text.memory import Memory, forgetting
 
     remembers = isinstance(flux._components.text_encoder, Memory)
-    ahead = AHEAD_RESIDENT if flux.plan.text_encoder.placement == "resident" else AHEAD_STAGED
     try:
         with ThreadPoolExecutor(1) as thread:
-            for group, following in with_following(groups, ahead):
+            for group, following in with_following(groups, ahead(flux)):
                 runs = [one for one in group if not isinstance(one, Flux2Error)]
                 later = [one for part in following for one in part if not isinstance(one, Flux2Error)]
                 made = worked(flux, runs, partial(reading, flux, runs, later, thread))
@@ -111,6 +111,13 @@ def results(flux: Flux2, groups: Iterable[list[Run | Flux2Error]]) -> Iterator[R
         if not remembers:
             with flux._turn:
                 flux._components = forgetting(flux._components)
+
+
+def ahead(flux: Flux2) -> int:
+    """How many groups' prompts are encoded before it is their turn."""
+    if flux.plan.text_encoder.placement != "resident":
+        return AHEAD_STAGED
+    return 0 if flux.hardware.kind == "cpu" else AHEAD_RESIDENT
 
 
 def with_following(groups: Iterable[T], count: int) -> Iterator[tuple[T, list[T]]]:

@@ -129,6 +129,8 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
 def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):
     from flux2_local.text.memory import Memory
 
+    assert many.ahead(tiny) == 0, "a processor has nothing else to do it with"
+    monkeypatch.setattr(many, "ahead", lambda flux: many.AHEAD_RESIDENT)
     events = []
     read, forward = Memory.read, type(tiny._components.transformer).forward
     monkeypatch.setattr(Memory, "read", lambda self, new: (events.append("read"), read(self, new))[1])

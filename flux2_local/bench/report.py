@@ -134,6 +134,10 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
     return best
 
 
+CLOSE = 1.5
+"""Decibels between two names that would be written over each other."""
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
 
@@ -155,8 +159,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.scatter(
                 [r.seconds for r in mine], [height[id(r)] for r in mine], color=colour, label=LEGEND[group], zorder=3
             )
-    for row in same:
-        axes.annotate(row.name, (row.seconds, height[id(row)]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    named: list[Row] = []
+    for row in sorted(same, key=lambda row: row.seconds):
+        near = sum(row.seconds < 1.5 * r.seconds and abs(height[id(row)] - height[id(r)]) < CLOSE for r in named)
+        place = (6, 4 - 10 * near)  # names of neighbours stand below each other
+        axes.annotate(row.name, (row.seconds, height[id(row)]), xytext=place, textcoords="offset points", fontsize=8)
+        named.append(row)
     edge = frontier(same)
     axes.plot([r.seconds for r in edge], [height[id(r)] for r in edge], color="#9ca3af", linewidth=1, zorder=1)
     for row in rows:
