@@ -9,7 +9,7 @@ from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
 from flux2_local.plan import make_plan
-from flux2_local.presets import devices, models, tiers
+from flux2_local.presets import CachePolicy, devices, models, tiers
 from flux2_local.request import make_request
 
 SMALL = {"image_size": "square", "num_inference_steps": 8, "enable_safety_checker": False}
@@ -33,7 +33,9 @@ def watch(monkeypatch, flux):
 
 
 def test_a_picture_is_the_same_whatever_is_denoised_with_it(tiny, monkeypatch):
-    flux = tiny
+    flux, plan = tiny, tiny._plan_for
+    policy = CachePolicy(threshold=0.15, warmup=3, tail=1, limit=2)
+    monkeypatch.setattr(flux, "_plan_for", lambda *asked: replace(plan(*asked), cache=policy))
     counts, caches = watch(monkeypatch, flux)
     alone = [flux.generate(scene, seed=n, **SMALL).images[0].data for n, scene in enumerate(SCENES)]
     skipped = [cache.skipped for cache in caches[::2]]
