@@ -16,7 +16,7 @@ LAYERS = (
     ("sampler", "plan", "candidates", "footprint", "text", "lora", "store", "offload", "quant", "attention", "cache"),
     ("costs", "hardware", "rates", "schedule", "latents"),
     ("model",),
-    ("weights", "result", "images", "files", "progress"),
+    ("weights", "result", "images", "files", "frames", "progress"),
     ("presets",),
     ("request",),
     ("errors", "version", "__init__", "__main__"),

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from .. import frames
 from ..errors import BackendUnavailableError, Flux2Error, PlanError
-from ..server import frames
 from .engines import batch_of, facts_of, rebuilt, unpacked
 from .worker import failure, load, made
 

@@ -13,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, tee
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from .. import errors, many
+from .. import errors, frames, many
 from ..errors import Cancelled, Flux2Error, PlanError
 from ..progress import Reporter
 from ..request import Request
 from ..result import ImageFile, Result, Timings
-from ..server import frames
 from ..version import __version__
 from .job import Picture
 from .manifest import Record
@@ -166,8 +165,7 @@ class Process:
         """
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(frames.pack(message))
-            self._process.stdin.flush()
+            frames.write(self._process.stdin, message)  # type: ignore[arg-type]
             found = [frames.read(self._process.stdout) for _ in range(answers)]  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             raise ConnectionError from error

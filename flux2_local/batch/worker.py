@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .. import many
+from .. import frames, many
 from ..errors import Flux2Error
 from ..progress import Reporter
-from ..server import frames
 
 if TYPE_CHECKING:
     from ..pipeline import Flux2
@@ -20,11 +17,7 @@ if TYPE_CHECKING:
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Answer messages until there are no more: first what to load, then requests."""
-
-    def tell(message: frames.Message, data: bytes = b"") -> None:
-        target.write(frames.pack(message, data))
-        target.flush()
-
+    tell = partial(frames.write, target)
     setup = frames.read(source)
     if setup is None:
         return
@@ -82,16 +75,5 @@ def failure(error: Flux2Error) -> frames.Message:
     return {"error": type(error).__name__, "message": str(error), "ends": True}
 
 
-def main() -> None:
-    """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    target = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library's print must not get between the messages
-    try:
-        serve(sys.stdin.buffer, target)
-    except BrokenPipeError:
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    frames.work(serve)

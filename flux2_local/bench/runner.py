@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..server import frames
+from .. import frames
 from .contenders import Contender
 from .subject import Subject
 
@@ -71,8 +71,7 @@ class Worker:
     def _ask(self, message: frames.Message) -> tuple[frames.Message, bytes]:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(frames.pack(message))
-            self._process.stdin.flush()
+            frames.write(self._process.stdin, message)  # type: ignore[arg-type]
             answer = frames.read(self._process.stdout)  # type: ignore[arg-type]
         except OSError:
             answer = None

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from ..server import frames
+from .. import frames
 from .subject import Subject
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Answer messages until there are no more: first what to load, then what to draw."""
-
-    def tell(message: frames.Message, data: bytes = b"") -> None:
-        target.write(frames.pack(message, data))
-        target.flush()
-
+    tell = partial(frames.write, target)
     try:
         setup = frames.read(source)
         if setup is None:
@@ -61,16 +56,5 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main() -> None:
-    """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    target = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library's print must not get between the messages
-    try:
-        serve(sys.stdin.buffer, target)
-    except BrokenPipeError:
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    frames.work(serve)

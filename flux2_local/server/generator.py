@@ -11,16 +11,14 @@ import io
 import os
 import queue
 import secrets
-import signal
-import sys
 import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .. import frames
 from ..endpoints import Pipelines
 from ..errors import Flux2Error
-from . import frames
 from .failures import make_failure
 
 if TYPE_CHECKING:
@@ -52,8 +50,7 @@ class Generator:
         os._exit(0)
 
     def tell(self, event: str, data: bytes = b"", **facts: Any) -> None:
-        self.target.write(frames.pack({"event": event, **facts}, data))
-        self.target.flush()
+        frames.write(self.target, {"event": event, **facts}, data)
 
     def work(self) -> None:
         """Load what the first message says, then do one request after the other."""
@@ -131,12 +128,9 @@ def keep(result: Result, folder: Path | None) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(NICENESS)
-    target = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library's print must not get between the messages
-    generator = Generator(sys.stdin.buffer, target)
+    generator = Generator(*frames.standard_streams())
     threading.Thread(target=generator.listen, daemon=True).start()
     generator.work()
 

@@ -6,8 +6,7 @@ import asyncio
 import sys
 from typing import Any
 
-from .. import errors
-from . import frames
+from .. import errors, frames
 from .settings import Settings
 
 STOP_SECONDS = 3.0
