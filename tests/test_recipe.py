@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -13,11 +14,11 @@ from PIL import Image
 
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
-from scripts.train_tiny import autoencoder, network
+from scripts.train_tiny import autoencoder, layout, network
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.language import TOLD, Teller, told
-from scripts.train_tiny.render import render
-from scripts.train_tiny.scenes import HELD_OUT_WORDS, PLACES, random_scene
+from scripts.train_tiny.render import render, spots
+from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
 from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
 
 
@@ -102,6 +103,81 @@ def test_the_lean_forward_is_diffusers_forward():
     want = model(latents, text, sigma, rows, words, guidance, return_dict=False)[0]
     got = network.velocity(model, latents, text, sigma, guidance, network.rotary(2, 3, network.TEXT_TOKENS, "cpu"))
     assert torch.allclose(got, want, atol=2e-4, rtol=1e-3)
+
+
+def test_the_lean_forward_takes_tokens_in_any_order_and_number():
+    torch.manual_seed(0)
+    model = network.build()
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    latents, text = torch.randn(2, 12, 128), torch.randn(2, network.TEXT_TOKENS, 384)
+    sigma, one = torch.tensor([0.3, 0.8]), torch.ones(2)
+    tables = network.rotary(3, 4, network.TEXT_TOKENS, "cpu")
+    order = torch.stack([torch.randperm(12), torch.randperm(12)])
+    rows = torch.cat([torch.arange(network.TEXT_TOKENS).expand(2, -1), network.TEXT_TOKENS + order], 1)
+    moved = latents.take_along_dim(order[..., None], 1)
+    want = network.velocity(model, latents, text, sigma, one, tables).take_along_dim(order[..., None], 1)
+    hidden = []
+    got = network.velocity(model, moved, text, sigma, one, tuple(t[rows] for t in tables), hidden=hidden)
+    assert torch.allclose(got, want, atol=1e-4)
+    assert [tuple(h.shape) for h in hidden] == [(2, 12, 256)] * network.CONFIG["num_single_layers"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (384, 216)])
+def test_things_lie_in_their_spots(width, height):
+    chosen = [s for s in scenes(1500) if len(s.things) == 1 and s.sign is None and s.time == "day"]
+    chosen = [s for s in chosen if s.weather in ("clear", "cloudy") and s.ground != "sea"]
+    assert {s.things[0].kind for s in chosen} == set(KINDS)
+    for scene in chosen[:80]:
+        (spot,) = spots(scene, width, height)
+        bare = dataclasses.replace(scene, things=())
+        there = np.asarray(render(scene, width, height)) != np.asarray(render(bare, width, height))
+        ys, xs = there.any(-1).nonzero()
+        inside = (xs >= spot.left - 1) & (xs <= spot.right + 1) & (ys >= spot.top - 1) & (ys <= spot.bottom + 1)
+        assert inside.mean() > 0.85, scene.things
+        covered = there.any(-1)[
+            max(0, round(spot.top)) : round(spot.bottom), max(0, round(spot.left)) : round(spot.right)
+        ]
+        assert covered.mean() > 0.2, scene.things
+
+
+def test_the_layout_spells_what_the_sign_says():
+    signs = [s for s in scenes(300) if s.sign is not None and len(s.sign.word) <= 4 and not s.things]
+    assert len(signs) > 3
+    kind, pose, letters = layout.layout(signs, (16, 16))
+    for scene, k, p, row in zip(signs, kind, pose, letters, strict=True):
+        assert set(k.tolist()) == {0, layout.SIGN}
+        assert p[k > 0][:, :2].abs().max() < 1.5
+        assert not row[k == 0].any()
+        read = [chr(64 + n) for n in row.flatten().tolist() if n]
+        assert "".join(c for i, c in enumerate(read) if i == 0 or c != read[i - 1]) == "".join(
+            c for i, c in enumerate(scene.sign.word) if i == 0 or c != scene.sign.word[i - 1]
+        )
+
+
+def test_tokens_around_things_are_all_of_theirs_and_some_others():
+    kind = layout.layout(scenes(40), (16, 16))[0]
+    kept = layout.around(kind, 0.5)
+    assert kept.shape == (40, 128)
+    for row, k in zip(kept, kind, strict=True):
+        assert len(set(row.tolist())) == 128
+        assert (k[row] > 0).sum() == (k > 0).sum()
+    assert torch.equal(layout.around(kind, 1.0), torch.arange(256).expand(40, -1))
+
+
+def test_a_hidden_state_that_knows_the_layout_tells_it():
+    torch.manual_seed(0)
+    kind, pose, letters = layout.layout([s for s in scenes(60) if s.sign][:4], (16, 16))
+    hidden = torch.cat([F.one_hot(kind, layout.SIGN + 1), pose, F.one_hot(letters, 27).flatten(2)], -1)
+    hidden = F.pad(hidden.float(), (0, 256 - hidden.shape[-1]))
+    teller = layout.Teller()
+    trainer = torch.optim.Adam(teller.parameters(), lr=0.03)
+    before = float(teller(hidden, kind, pose, letters).detach())
+    for _ in range(150):
+        trainer.zero_grad()
+        loss = teller(hidden, kind, pose, letters)
+        loss.backward()
+        trainer.step()
+    assert float(loss.detach()) < 0.1 * before
 
 
 def test_orthogonal_steps_keep_the_singular_vectors():

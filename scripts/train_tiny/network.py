@@ -95,6 +95,7 @@ def velocity(
     guidance: Tensor,
     tables: tuple[Tensor, Tensor],
     linear: Callable[[nn.Linear, Tensor], Tensor] | None = None,
+    hidden: list[Tensor] | None = None,
 ) -> Tensor:
     """The model's output, noise minus picture.
 
@@ -104,15 +105,16 @@ def velocity(
         text: [B, L, 384] prompt embeddings, bf16.
         sigma: [B] noise level in [0, 1], float32.
         guidance: [B] guidance scale, float32.
-        tables: of :func:`rotary` for this shape.
+        tables: of :func:`rotary` for this shape, or each row's own [B, L + N, head_dim/2].
         linear: how a linear layer is applied (LoRA training passes its own).
+        hidden: gets the image's hidden state [B, N, 256] after every single-stream block.
 
     Returns:
         [B, N, 128], float32.
     """
     dtype = latents.dtype
     apply = linear or (lambda layer, x: F.linear(x, layer.weight.to(x.dtype)))
-    cos, sin = tables[0][None, :, None], tables[1][None, :, None]
+    cos, sin = (table.unsqueeze(-2) for table in tables)
 
     embed = model.time_guidance_embed
     time = embed.timestep_embedder
@@ -163,6 +165,8 @@ def velocity(
         q, k, v = (part.unflatten(-1, (-1, a.head_dim)) for part in qkv.chunk(3, -1))
         out = attention(rotate(rms(q, a.norm_q.weight), cos, sin), rotate(rms(k, a.norm_k.weight), cos, sin), v)
         x = x + gate * apply(a.to_out, torch.cat([out, swiglu(mlp)], -1))
+        if hidden is not None:
+            hidden.append(x[:, length:])
 
     # The last norm's projection yields scale first, then shift (AdaLayerNormContinuous).
     final_scale, final_shift = apply(model.norm_out.linear, act)[:, None].chunk(2, -1)

@@ -1,0 +1,84 @@
+"""What lies on which of a picture's tokens: what the transformer's error there counts, and what its middle must know of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .latents import TOKEN
+from .network import CONFIG
+from .render import spots
+from .scenes import KINDS, Scene, Sign
+
+SIGN = len(KINDS) + 1
+"""The number of a sign among kinds; 0 is landscape."""
+
+LETTERS = 1 + 26
+POSE = 3
+
+STRESS = 5.0
+"""How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
+their shapes a part of that, while a prompt is mostly about them."""
+
+
+class Teller(nn.Module):
+    """Tells from a hidden state in the middle of the network what lies on a token: nothing but landscape, a kind of thing
+    or a sign, where in it the token lies, and the letters under its left and right half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
+        self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
+
+    def forward(self, hidden: Tensor, kind: Tensor, pose: Tensor, letters: Tensor) -> Tensor:
+        """How wrong it is; arguments after ``hidden`` as of :func:`layout`."""
+        out = self.layer(F.layer_norm(hidden.float(), hidden.shape[-1:]))
+        k, p, a, b = out.split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
+        there = (kind > 0).float()
+        weight = 1 + (STRESS - 1) * there
+        wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
+        away = (there * (p - pose).square().mean(-1)).sum() / there.sum().clamp(min=1)
+        board = (kind == SIGN).float()
+        spelt = sum(
+            (board * F.cross_entropy(x.transpose(1, 2), letters[..., i], reduction="none")).sum()
+            for i, x in enumerate((a, b))
+        ) / (2 * board.sum().clamp(min=1))
+        return wrong + away + spelt
+
+
+def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What lies on every token: its kind [B, N], 0 for landscape; where in it the token's middle lies and how large it is
+    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none."""
+    height, width = bucket
+    kind = np.zeros((len(scenes), height, width), np.int64)
+    pose = np.zeros((len(scenes), height, width, POSE), np.float32)
+    letters = np.zeros((len(scenes), height, width, 2), np.int64)
+    for i, scene in enumerate(scenes):
+        for spot in spots(scene, width * TOKEN, height * TOKEN):
+            left, top, right, bottom = (v / TOKEN for v in (spot.left, spot.top, spot.right, spot.bottom))
+            rows = slice(max(0, round(top)), min(height, max(round(bottom), round(top) + 1)))
+            columns = slice(max(0, round(left)), min(width, max(round(right), round(left) + 1)))
+            y, x = np.mgrid[rows, columns] + 0.5
+            kind[i, rows, columns] = SIGN if isinstance(spot.what, Sign) else 1 + KINDS.index(spot.what.kind)
+            at = ((x - left) / (right - left), (y - top) / (bottom - top))
+            pose[i, rows, columns] = np.stack([2 * at[0] - 1, 2 * at[1] - 1, np.full_like(x, np.log(bottom - top))], -1)
+            if isinstance(spot.what, Sign):
+                start, upper, advance, tall = (v / TOKEN for v in spot.letters)
+                row = int(upper + tall / 2)
+                for half in (0, 1):
+                    index = np.floor((x[0] - 0.25 + half / 2 - start) / advance).astype(int)
+                    under = [ord(spot.what.word[n]) - 64 if 0 <= n < len(spot.what.word) else 0 for n in index]
+                    letters[i, row, columns, half] = under
+    return (
+        torch.from_numpy(kind).flatten(1),
+        torch.from_numpy(pose).flatten(1, 2),
+        torch.from_numpy(letters).flatten(1, 2),
+    )
+
+
+def around(kind: Tensor, share: float) -> Tensor:
+    """Indices [B, n] of a share of a picture's tokens: of its things all, as far as they fit, and of the rest any."""
+    score = torch.rand(kind.shape, device=kind.device) + (kind > 0)
+    return score.topk(round(share * kind.shape[1]), 1).indices.sort(1).values
