@@ -1,22 +1,33 @@
-"""Transformers of any size with random weights, for measuring where no weights are at hand; nothing is saved."""
+"""Models of any size with random weights, for measuring where no weights are at hand; nothing is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import torch
 from flux2_kernels import place_of
-from torch import Tensor
+from torch import Tensor, nn
 
+from flux2_local import load, weights
 from flux2_local.hardware import probe
 from flux2_local.latents import image_positions, text_positions
-from flux2_local.load import DTYPES
+from flux2_local.load import DTYPES, Source
 from flux2_local.model import kernels
 from flux2_local.model.meta import meta
 from flux2_local.model.native import NATIVE
 from flux2_local.model.ops import Ops
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
+from flux2_local.plan import ComponentPlan
+from flux2_local.presets import BUNDLED, families
+from flux2_local.quant.convert import backend
+from flux2_local.quant.recipe import Recipe
+from scripts import random_model
 
 SPREAD = 0.02
 """Standard deviation of the weights, that of the usual initialisation of transformers."""
@@ -36,20 +47,32 @@ def with_blocks(config: TransformerConfig, double: int, single: int) -> Transfor
 
 
 def transformer(
-    config: TransformerConfig, ops: Ops, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: TransformerConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    home: torch.device | None = None,
+    seed: int = 0,
 ) -> Flux2Transformer:
-    """Built on the meta device and filled where it is to work, so that the host never holds it."""
+    """Built on the meta device and drawn on ``device``, a tensor at a time, to stay there or at ``home``."""
     with meta():
         net = Flux2Transformer(config, ops)
-    net.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for weight in net.parameters():
-            if weight.ndim == 1:  # of an RMSNorm; linear layers have no bias
-                weight.fill_(1)
-            else:
-                weight.normal_(0, SPREAD, generator=generator)
+    draw = drawer(device, seed)
+    for name, like in list(net.named_parameters()):
+        weights.assign(net, name, draw(like, dtype).to(home or device))
     return net.eval().requires_grad_(False)
+
+
+def drawer(device: torch.device, seed: int = 0) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """(tensor of the shape wanted, type) -> a weight on ``device``: normal numbers, and ones for a norm's; linear layers have
+    no bias."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(like: Tensor, dtype: torch.dtype) -> Tensor:
+        empty = torch.empty(like.shape, dtype=dtype, device=device)
+        return empty.fill_(1) if like.ndim < 2 else empty.normal_(0, SPREAD, generator=generator)
+
+    return draw
 
 
 def step(net: Flux2Transformer, grid: tuple[int, int], text: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -85,3 +108,53 @@ def fast(device: torch.device, config: TransformerConfig) -> tuple[torch.dtype, 
     if kernels.reason_against(place, dtype, config) is None:
         return DTYPES[dtype], kernels.fused(device, DTYPES[dtype], config)
     return DTYPES[dtype], NATIVE
+
+
+SIZES = (*families(), "tiny")
+"""Models whose folders :func:`folder` makes; the bundled one's size is for trying things out."""
+
+
+def folder(size: str, path: Path) -> Path:
+    """A model's folder with all that a few hundred megabytes hold: everything but the weights of its two large networks."""
+    if size == "tiny":
+        shutil.copytree(BUNDLED, path)
+    else:
+        random_model.frame(size, path, seed=0)
+    return path
+
+
+@contextmanager
+def drawn() -> Iterator[None]:
+    """Inside, a transformer's and a text encoder's weights are drawn where the library would read them."""
+    with mock.patch.object(load, "fill", fill_random):
+        yield
+
+
+@torch.no_grad()
+def fill_random(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
+    """What :func:`flux2_local.load.fill` does, with numbers drawn on ``device`` a layer at a time and kept on the host."""
+    draw = drawer(device)
+    quantized: tuple[str, ...] = ()
+    if held.format not in DTYPES:
+        recipe = Recipe(held.format, keep=held.keep)
+        for name, layer in recipe.layers(network).items():
+            made = backend(recipe.form).quantize(draw(layer.weight, DTYPES[dtype]), recipe.form, DTYPES[dtype], device)
+            network.set_submodule(name, made.to("cpu"))
+            quantized += (f"{name}.",)
+    kind = DTYPES[dtype if quantized else held.format]
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if not name.startswith(quantized or "\0"):
+            weights.assign(network, name, draw(value, kind).cpu())
+    return ""
+
+
+def prompt_embedding(config: TransformerConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, tokens, joint], numbers of variance 1."""
+    drawn_here = torch.randn(1, tokens, config.joint_attention_dim, generator=torch.Generator().manual_seed(1))
+    return drawn_here.to(device, dtype)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Root of the mean squared difference over that of ``wanted``."""
+    apart = (found.double() - wanted.double()).square().mean() / wanted.double().square().mean()
+    return math.sqrt(float(apart))

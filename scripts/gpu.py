@@ -1,14 +1,16 @@
-"""Check and measure the kernels on this machine's NVIDIA card.
+"""Everything that only an NVIDIA card can tell: kernels, then tiers and memory budgets of FLUX.2 dev at full size.
 
     make gpu                                  # or: python scripts/gpu.py
-    python scripts/gpu.py --op linear_w8a8    # one op; may be given again
+    python scripts/gpu.py --part kernels      # one part; may be given again
+    python scripts/gpu.py --op linear_w8a8    # the kernels' part for one op; may be given again
     python scripts/gpu.py --tune              # choose configurations first and keep them in tuned/sm_XX.json
     python scripts/gpu.py --dry-run           # the same code on a CPU: tiny shapes, Triton's interpreter, meaningless times
 
 First correctness: every op, implementation and format against float64, in CUDA graphs, under torch.compile, and once under
 compute-sanitizer where it is installed. Then the card's own rates (copy, matmuls), and each op at dev's and klein's shapes:
 our time beside torch op by op, inductor and the best library. Results go to benchmarks/results/ as a CSV and a JSON record of
-the environment; the last line printed is that record. Exits with 1 if a check failed.
+the environment; the last line printed is that record. Tiers (benchmarks/tiers.py) and budgets (benchmarks/budgets.py) beside
+diffusers follow, on random weights that are drawn on the card. Exits with 1 if a check failed or a part did not run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PARTS = ("kernels", "tiers", "budgets")
+SMALL = ("--model", "tiny", "--device", "cpu", "--size", "512x512", "--steps", "4")
+"""Of the models' parts in a dry run."""
+
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
@@ -59,6 +66,7 @@ class Run:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", help="only this op; may be given again")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given again")
     parser.add_argument("--tune", action="store_true", help="choose and keep launch configurations before measuring")
     parser.add_argument("--check-only", action="store_true", help="correctness at small sizes and nothing else")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, interpreted, tiny")
@@ -243,14 +251,14 @@ def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
     return path
 
 
-def main() -> int:
+def kernels(run: Run) -> bool:
+    """The kernels' part; whether all is well."""
     from flux2_local.bench.environment import software
 
-    run = prepare(parse())
     checks = check(run)
     failed = [one for one in checks if not one.passed]
     if run.check_only:
-        return bool(failed)
+        return not failed
     record: dict[str, Any] = dict(software()) | dict(card_record(run))
     record |= {"checks": len(checks), "failed": [f"{c.op} {c.case} {c.form} {c.implementation}" for c in failed]}
     record["sanitizer"] = sanitize(run)
@@ -261,7 +269,30 @@ def main() -> int:
     path = write(run, rows, record)
     print(f"written: {path} and {path.with_suffix('.json').name}")
     print(json.dumps(record))
-    return bool(failed or record["sanitizer"].startswith("failed"))
+    return not failed and not record["sanitizer"].startswith("failed")
+
+
+def models(run: Run, part: str) -> bool:
+    """One of the parts on whole models, in a process of its own, which leaves the card empty; whether it ran."""
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{part}",
+        "--out",
+        str(run.folder / f"{part}-{time.strftime('%Y-%m-%d')}.json"),
+    ]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+    return subprocess.run([*command, *(SMALL if run.dry else ())], cwd=ROOT, env=environment).returncode == 0
+
+
+def main() -> int:
+    options = parse()
+    run = prepare(options)
+    wanted = options.part or (["kernels"] if options.op or options.check_only else PARTS)
+    fine = [kernels(run) if part == "kernels" else models(run, part) for part in PARTS if part in wanted]
+    return int(not all(fine))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Mistral3Config, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from flux2_local.files import check_folder
-from flux2_local.presets import families, show_bytes
+from flux2_local.presets import BUNDLED, families, show_bytes
 
 FAMILIES = ("klein-4b", "klein-9b")
 PUBLISHED = "transformer.safetensors"
@@ -123,7 +124,6 @@ def write_network(file: Path, network: nn.Module, seed: int) -> None:
     weights = drawn(network, seed)
     if isinstance(network, Qwen3ForCausalLM):
         del weights["lm_head.weight"]  # it is the embedding
-        network.config.to_json_file(file.parent / "config.json", use_diff=False)
     else:
         network.save_config(file.parent)
     save_file(weights, file, metadata={"format": "pt"})
@@ -134,36 +134,56 @@ def write_network(file: Path, network: nn.Module, seed: int) -> None:
         save_file(published, file.parent.parent / PUBLISHED)
 
 
-def write(family: str, folder: Path, seed: int) -> None:
-    """All files of ``family`` below ``folder``."""
-    numbers = families()[family]
-    text = {k: v for k, v in numbers["text_encoder"].items() if k != "model_type"}
-    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")}}
-    with torch.device("meta"):
-        transformer = Flux2Transformer2DModel(**numbers["transformer"])
-        vae = AutoencoderKLFlux2(**numbers["vae"])
-        encoder = Qwen3ForCausalLM(Qwen3Config(**text, **theta, tie_word_embeddings=True, dtype="bfloat16"))
-    parts: tuple[tuple[str, nn.Module, str], ...] = (
-        ("transformer", transformer, "diffusion_pytorch_model"),
-        ("text_encoder", encoder, "model"),
-        ("vae", vae, "diffusion_pytorch_model"),
+def text_config(family: str) -> PretrainedConfig:
+    """The text encoder's configuration, as the family's hub models have it."""
+    text = dict(families()[family]["text_encoder"])
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")}}
+    if text.pop("model_type") == "qwen3":
+        return Qwen3Config(**text, **rope, tie_word_embeddings=True, dtype="bfloat16")
+    return Mistral3Config(
+        text_config={"model_type": "mistral", "sliding_window": None, **text, **rope}, dtype="bfloat16"
     )
-    for number, (part, network, name) in enumerate(parts):
-        write_network(folder / part / f"{name}.safetensors", network, seed + number)
+
+
+def frame(family: str, folder: Path, seed: int) -> None:
+    """A folder of ``family`` with everything but the weights of its transformer and its text encoder."""
+    numbers, dev = families()[family], family == "dev"
+    with torch.device("meta"):
+        transformer, vae = Flux2Transformer2DModel(**numbers["transformer"]), AutoencoderKLFlux2(**numbers["vae"])
+    for part, config in (
+        ("transformer", transformer.save_config),
+        ("text_encoder", text_config(family).save_pretrained),
+    ):
+        config(folder / part)
+    write_network(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, seed + 2)
     FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
     ).save_pretrained(folder / "scheduler")
-    tokenizer().save_pretrained(folder / "tokenizer")
+    if dev:  # the bundled model's tokenizer: it is of dev's kind
+        shutil.copytree(BUNDLED / "tokenizer", folder / "tokenizer")
+    else:
+        tokenizer().save_pretrained(folder / "tokenizer")
     index = {
-        "_class_name": "Flux2KleinPipeline",
-        "is_distilled": True,
+        "_class_name": "Flux2Pipeline" if dev else "Flux2KleinPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration" if dev else "Qwen3ForCausalLM"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    (folder / "model_index.json").write_text(
+        json.dumps(index | ({} if dev else {"is_distilled": True}), indent=2), "utf-8"
+    )
+
+
+def write(family: str, folder: Path, seed: int) -> None:
+    """All files of a klein ``family`` below ``folder``."""
+    frame(family, folder, seed)
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(**families()[family]["transformer"])
+        encoder = Qwen3ForCausalLM(text_config(family))
+    write_network(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, seed)
+    write_network(folder / "text_encoder" / "model.safetensors", encoder, seed + 1)
 
 
 def main() -> None:

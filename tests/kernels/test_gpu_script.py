@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_triton
 def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     kept = sorted(p.name for p in (ROOT / "benchmarks").rglob("*")) if (ROOT / "benchmarks").exists() else []
-    ran = run("--dry-run", "--tune", "--out", str(tmp_path))
+    ran = run("--dry-run", "--tune", "--part", "kernels", "--out", str(tmp_path))
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
     (table,) = tmp_path.glob("*.csv")
     rows = list(csv.DictReader(table.open()))
@@ -48,6 +48,15 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert tuned["measured_on"] == "dry run" and tuned["configs"]["linear_w4a8"][0]["BLOCK_M"] > 0
     assert sorted(tuned["order"]["linear_w8a8"]["int8"]) == ["int_mm", "triton"]
     assert (sorted(p.name for p in (ROOT / "benchmarks").rglob("*")) if (ROOT / "benchmarks").exists() else []) == kept
+
+
+@needs_triton
+def test_dry_run_of_the_models_parts(tmp_path: Path) -> None:
+    ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--out", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
+    found = {path.name.partition("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "regular", "high"]
+    assert len(found["budgets"]["rows"]) == 3 and not any("error" in row for row in found["budgets"]["rows"])
 
 
 @needs_triton

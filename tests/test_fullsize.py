@@ -1,0 +1,86 @@
+"""Benchmarks of full-size models on random weights (tiers, budgets): the same code at the bundled model's size."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import budgets, synthetic, tiers
+from flux2_local import Flux2, load
+from flux2_local.costs import Work
+from flux2_local.errors import BackendUnavailableError
+from flux2_local.hardware import from_preset, probe
+from flux2_local.presets import families
+from flux2_local.settings import choose, make_settings
+from flux2_local.store import find
+
+CPU = torch.device("cpu")
+CASE = budgets.Case("flux2-local", "tiny", "cpu", 0, 512, 512, 4)
+
+
+def test_devs_folder_is_dev_without_its_large_weights(tmp_path):
+    folder = synthetic.folder("dev", tmp_path / "dev")
+    checkpoint = find(folder, "standard")
+    assert checkpoint.preset.name == "dev"
+    arch = load.architecture(checkpoint)
+    assert arch.transformer.num_single_layers == families()["dev"]["transformer"]["num_single_layers"]
+    assert arch.language.hidden_size == families()["dev"]["text_encoder"]["hidden_size"]
+    hardware = from_preset("rtx-4090", 64 * 2**30)
+    _, plan = choose(folder, make_settings("standard", "high", "12GiB", None, None), hardware, Work())
+    assert plan.peak_bytes < 12 * 2**30 and plan.transformer.placement == "streamed"
+    assert sum(f.stat().st_size for f in folder.rglob("*")) < 2**28
+
+
+@pytest.mark.parametrize("quantize", ["none", "builtin-int8"])
+def test_weights_are_drawn_as_the_plan_says_and_draw_a_picture(tmp_path, quantize):
+    folder = synthetic.folder("tiny", tmp_path / "tiny")
+    for part in ("transformer", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            file.write_bytes(b"")  # would be refused if it were read
+    with synthetic.drawn():
+        flux = Flux2.load(folder, acceleration="regular", device="cpu", quantize=quantize)
+    block = flux._components.transformer.single_transformer_blocks[0].attn
+    assert block.to_out.weight.dtype is (torch.int8 if quantize == "builtin-int8" else load.DTYPES[flux.plan.dtype])
+    result = flux.generate("a boat", image_size={"width": 512, "height": 512}, num_inference_steps=4)
+    assert result.images[0].image.getextrema()[0][0] < result.images[0].image.getextrema()[0][1]
+
+
+def test_tiers_take_turns_on_the_same_weights_and_none_computes_what_diffusers_does(tmp_path):
+    hardware = probe("cpu")
+    bench = tiers.prepare(synthetic.folder("tiny", tmp_path / "tiny"), hardware, 512, 512, 4, CPU)
+    contenders = [bench.stock(), bench.tier("none"), bench.tier("high")]
+    tiers.measure(contenders, CPU, rounds=2)
+    rates = {contender.dtype: 1e11 for contender in contenders}
+    stock, none, high = tiers.figures(contenders, bench, rates)
+    assert [len(row["samples"]) for row in (stock, none, high)] == [2, 2, 2]
+    assert stock["ratio"] == 1 and none["error"] < 0.02
+    assert none["share"] == pytest.approx(none["tflop_per_s"] / 0.1)
+    assert "none" in tiers.table([stock, none, high])
+
+
+def test_tiers_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_path):
+    folder = synthetic.folder("tiny", tmp_path / "tiny")
+    with pytest.raises(BackendUnavailableError, match="smaller model"):
+        tiers.check_memory(folder, replace(probe("cpu"), free=2**20))
+
+
+@pytest.mark.parametrize("contender", budgets.CONTENDERS)
+def test_a_case_finds_seconds_and_a_peak(contender):
+    row = budgets.work(replace(CASE, contender=contender))
+    assert row["seconds"]["step"] > 0 and row["peak"] > 2**27
+    assert ("predicted_peak" in row) == (contender == "flux2-local")
+    told = budgets.line({"contender": contender, "budget": 0} | row)
+    assert "a step" in told and "EXCEEDED" not in told
+    assert "EXCEEDED" in budgets.line({"contender": contender, "budget": 1} | row)
+
+
+def test_what_does_not_fit_or_dies_is_a_row_and_not_the_end(monkeypatch):
+    def short(case, folder):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(budgets.CONTENDERS, "flux2-local", short)
+    assert budgets.work(CASE)["error"].startswith("OutOfMemoryError")
+    row = budgets.measured(replace(CASE, device="meta"))
+    assert "error" in row and row["contender"] == "flux2-local" and json.dumps(row)
+    assert "no budget" in budgets.line(row)
