@@ -156,7 +156,7 @@ def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: float = 1.0) -
     model = build()
     model.teller = Teller()
     model.to(run.device)
-    trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.9995)
+    trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.998)
     samples = Samples(run, Reader(run), sizes, kept)
     report = reporter(run, "flow", trainer, samples.reader, None, grid=next(iter(sizes)))
     trainer.fit(flow_batches(samples), lambda *b: flow_loss(model, *b), report)
