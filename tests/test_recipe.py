@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
-from scripts.train_tiny import autoencoder, layout, network
+from scripts.train_tiny import autoencoder, flow, latents, layout, network
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import render, spots
@@ -178,6 +178,25 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
         loss.backward()
         trainer.step()
     assert float(loss.detach()) < 0.1 * before
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.375])
+def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, kept):
+    run = Run(tmp_path, minutes=1)
+    rng = np.random.default_rng(0)
+    np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(64, 256, 128)).astype(np.float16))
+    samples = flow.Samples(run, {flow.SQUARE: 1.0}, kept)
+    model = network.build()
+    model.teller = layout.Teller()
+    text, *rest = next(
+        flow.flow_batches(run, lambda prompts: torch.randn(len(prompts), network.TEXT_TOKENS, 384).bfloat16(), samples)
+    )
+    count = flow.TOKENS_PER_BATCH["cpu"] // (round(kept * 256) + network.TEXT_TOKENS)
+    assert text.shape[0] == count and rest[1].shape == (count, round(kept * 256), 128)
+    loss = flow.flow_loss(model, text, *rest)
+    loss.backward()
+    assert loss.isfinite()
+    assert model.teller.layer.weight.grad.abs().sum() > 0 and model.proj_out.weight.grad.abs().sum() > 0
 
 
 def test_orthogonal_steps_keep_the_singular_vectors():

@@ -7,21 +7,24 @@ guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of it
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from . import language, latents, tokenizer
 from .captions import caption, rich
 from .layout import STRESS, Teller, around, layout
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import reporter
-from .scenes import Scene, random_scene
+from .scenes import random_scene
 from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
@@ -72,32 +75,66 @@ class Reader:
         return torch.cat([hidden[i] for i in language.OUT_LAYERS], -1)
 
 
-class Samples:
-    """Endless batches of one picture size each: noised latents, target, prompt embeddings."""
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size, on the host.
 
-    def __init__(self, run: Run, reader: Reader, shares: dict[tuple[int, int], float], kept: float = 1.0) -> None:
-        self.run, self.reader = run, reader
+    Attributes:
+        latents: packed [B, N, 128], float16.
+        kind, pose, letters: what lies on their tokens, of :func:`~scripts.train_tiny.layout.layout`.
+        prompts: what they show, in words.
+        size: height and width in tokens.
+    """
+
+    latents: Tensor
+    kind: Tensor
+    pose: Tensor
+    letters: Tensor
+    prompts: list[str]
+    size: tuple[int, int]
+
+
+class Samples(IterableDataset[Batch]):
+    """Endless batches. ``shares`` says how often each size comes up, ``kept`` which part of their tokens is to be computed."""
+
+    def __init__(self, run: Run, shares: dict[tuple[int, int], float], kept: float = 1.0) -> None:
         self.shares, self.kept = shares, kept
+        self.tokens = TOKENS_PER_BATCH[run.device]
         self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
-        self.rng = random.Random()
 
-    def draw(self) -> tuple[Tensor, list[Scene], list[str], tuple[int, int]]:
-        """Packed latents [B, N, 128] float32, what they show, in words too, and their size in tokens."""
-        bucket = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
-        rows, (_, seed0) = self.rows[bucket], latents.BUCKETS[bucket]
-        count = TOKENS_PER_BATCH[self.run.device] // (round(self.kept * rows.shape[1]) + TEXT_TOKENS)
-        chosen = sorted(self.rng.sample(range(len(rows)), count))
+    def __iter__(self) -> Iterator[Batch]:
+        rng = random.Random()
+        while True:
+            yield self.draw(rng)
+
+    def draw(self, rng: random.Random) -> Batch:
+        size = rng.choices(list(self.shares), list(self.shares.values()))[0]
+        rows, (_, seed0) = self.rows[size], latents.BUCKETS[size]
+        count = self.tokens // (round(self.kept * rows.shape[1]) + TEXT_TOKENS)
+        chosen = sorted(rng.sample(range(len(rows)), count))
         scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
-        words = [rich(s, self.rng) if self.rng.random() < 0.2 else caption(s, self.rng) for s in scenes]
-        return torch.from_numpy(rows[chosen]).float().to(self.run.device), scenes, words, bucket
+        prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
+        return Batch(torch.from_numpy(rows[chosen]), *layout(scenes, size), prompts, size)
 
-    def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise."""
-        u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
-        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
-        noise = torch.randn_like(x0)
-        s = sigma[:, None, None]
-        return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
+
+def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
+    """What ``samples`` draw; beside a card by worker processes, which would else wait for it."""
+    workers = max(1, (os.cpu_count() or 2) - 1) if run.device == "cuda" else 0
+    return DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+
+
+def said(prompts: list[str], empty: float) -> list[str]:
+    """The prompts, a share of them left empty."""
+    return ["" if random.random() < empty else prompt for prompt in prompts]
+
+
+def noised(x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise."""
+    u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    noise = torch.randn_like(x0)
+    s = sigma[:, None, None]
+    return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
 
 
 def shares(run: Run) -> dict[tuple[int, int], float]:
@@ -106,16 +143,16 @@ def shares(run: Run) -> dict[tuple[int, int], float]:
     return {b: 5.0 if b == SQUARE else SHARES.get(b, 0.3) for b in latents.BUCKETS if b in there}
 
 
-def flow_batches(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
-    while True:
-        x0, scenes, words, bucket = samples.draw()
-        text = samples.reader([w if samples.rng.random() > 0.1 else "" for w in words])
-        x, sigma, target = samples.noised(x0)
-        found = [t.to(x.device) for t in layout(scenes, bucket)]
+def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Samples) -> Iterator[tuple[Tensor, ...]]:
+    """The arguments of :func:`flow_loss` after the model."""
+    for batch in batches(run, samples):
+        text = reader(said(batch.prompts, empty=0.1))
+        x, sigma, target = noised(batch.latents.to(run.device).float())
+        found = [t.to(run.device) for t in (batch.kind, batch.pose, batch.letters)]
         kept = around(found[0], samples.kept)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
         rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
-        yield text, sigma, *image, *(table[rows] for table in rotary(*bucket, TEXT_TOKENS, samples.run.device))
+        yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
 
 
 def flow_loss(
@@ -157,9 +194,9 @@ def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: float = 1.0) -
     model.teller = Teller()
     model.to(run.device)
     trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.998)
-    samples = Samples(run, Reader(run), sizes, kept)
-    report = reporter(run, "flow", trainer, samples.reader, None, grid=next(iter(sizes)))
-    trainer.fit(flow_batches(samples), lambda *b: flow_loss(model, *b), report)
+    reader = Reader(run)
+    report = reporter(run, "flow", trainer, reader, None, grid=next(iter(sizes)))
+    trainer.fit(flow_batches(run, reader, Samples(run, sizes, kept)), lambda *b: flow_loss(model, *b), report)
 
 
 @torch.no_grad()
@@ -187,16 +224,15 @@ def train_guidance(run: Run) -> None:
     student.load_state_dict(teacher.state_dict())
     forget_guidance(student)
     trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
-    samples = Samples(run, Reader(run), shares(run))
-    empty = samples.reader([""])
+    reader = Reader(run)
+    empty = reader([""])
 
-    def batches() -> Iterator[tuple[Tensor, ...]]:
+    def questions() -> Iterator[tuple[Tensor, ...]]:
         ask = torch.compile(velocity, dynamic=False) if run.compile else velocity
-        while True:
-            x0, _, words, bucket = samples.draw()
-            text = samples.reader([w if samples.rng.random() > 0.05 else "" for w in words])
-            x, sigma, _ = samples.noised(x0)
-            tables = rotary(*bucket, TEXT_TOKENS, run.device)
+        for batch in batches(run, Samples(run, shares(run))):
+            text = reader(said(batch.prompts, empty=0.05))
+            x, sigma, _ = noised(batch.latents.to(run.device).float())
+            tables = rotary(*batch.size, TEXT_TOKENS, run.device)
             w = 1 + (MAX_GUIDANCE - 1) * torch.rand_like(sigma) ** 2
             with torch.no_grad():
                 one = torch.ones_like(sigma)
@@ -207,5 +243,4 @@ def train_guidance(run: Run) -> None:
     def loss(x: Tensor, text: Tensor, sigma: Tensor, w: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
 
-    report = reporter(run, "guidance", trainer, samples.reader, 2.5)
-    trainer.fit(batches(), loss, report)
+    trainer.fit(questions(), loss, reporter(run, "guidance", trainer, reader, 2.5))
