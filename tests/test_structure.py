@@ -17,6 +17,7 @@ LAYERS = (
     ("costs", "hardware", "rates", "schedule", "latents"),
     ("model",),
     ("weights", "result", "images", "files", "frames", "progress"),
+    ("mapping",),
     ("presets",),
     ("request",),
     ("errors", "version", "__init__", "__main__"),
