@@ -1,7 +1,7 @@
 """Loading a network from a cold disk, beside what the disk gives when the same bytes are merely read.
 
-    python -m benchmarks.loading MODEL                                     # the transformer, 16 bit, five rounds
-    python -m benchmarks.loading MODEL --network text_encoder --quantize builtin-int8 --rounds 3
+    python -m benchmarks.loading MODEL                                      # the transformer, 16 bit, five rounds
+    python -m benchmarks.loading MODEL --network transformer text_encoder --quantize none builtin-int8 --rounds 3
 
 In every round, in turn, each from a cold page cache (pages are dropped, and ``mincore`` has to say that none is left): the network's
 files are read in large pieces, once through the page cache and once past it, eight pieces at a time; then the network is loaded
@@ -262,7 +262,11 @@ def files_of(model: str, component: str, quantize: str) -> tuple[list[Path], lis
 def measure(model: str, component: str, quantize: str, rounds: int) -> dict[str, Any]:
     """The figures of all rounds."""
     sources, files = files_of(model, component, quantize)
-    figures: dict[str, Any] = {"shard_bytes": max(path.stat().st_size for path in sources)}
+    figures: dict[str, Any] = {
+        "network": component,
+        "quantize": quantize,
+        "shard_bytes": max(path.stat().st_size for path in sources),
+    }
     if not all(path.exists() for path in files):
         drop(sources)
         figures["made"] = asdict(load_apart(model, component, quantize, []))
@@ -287,33 +291,33 @@ def line(size: int, one: dict[str, Any]) -> str:
     )
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(loads: Sequence[dict[str, Any]]) -> str:
     """Medians as a Markdown table."""
-    size, rounds = figures["file_bytes"], figures["rounds"]
-
-    def median(part: str, name: str) -> float:
-        return statistics.median(one[part][name] for one in rounds)
-
-    best = statistics.median(min(one["disk"].values()) for one in rounds)
-    ratios = [one["ratio"] for one in rounds]
-    memory, own = (max(one["load"][name] for one in rounds) / 1e9 for name in ("memory", "own"))
-    cells = (
-        f"{size / 1e9:.2f}", f"{size / best / 1e9:.2f}", f"{size / median('load', 'seconds') / 1e9:.2f}",
-        f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"{median('load', 'touch'):.2f}",
-        f"{size / figures['new_memory']:.2f}", f"{memory:.2f}", f"{own:.2f}",
-    )  # fmt: skip
     titles = (
-        "GB", "disk, GB/s", "load, GB/s", "ratio", "spread", "first use, s", "of new memory, s", "host memory, GB",
-        "of these not mapped",
+        "network", "weights", "GB", "disk, GB/s", "load, GB/s", "ratio", "spread", "first use, s", "of new memory, s",
+        "host memory, GB", "of these not mapped",
     )  # fmt: skip
-    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", f"| {' | '.join(cells)} |"]
-    if made := figures.get("made"):
-        rows += [
-            "",
-            f"Quantizing and keeping: {made['seconds']:.1f} s, at most {made['memory'] / 1e9:.2f} GB of host memory, of these "
-            f"{made['own'] / 1e9:.2f} not mapped; the largest shard has {figures['shard_bytes'] / 1e9:.2f}, the result "
-            f"{made['held'] / 1e9:.2f}.",
-        ]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for load in loads:
+        size, rounds = load["file_bytes"], load["rounds"]
+        best = statistics.median(min(one["disk"].values()) for one in rounds)
+        seconds, touch = (statistics.median(one["load"][name] for one in rounds) for name in ("seconds", "touch"))
+        ratios = [one["ratio"] for one in rounds]
+        memory, own = (max(one["load"][name] for one in rounds) / 1e9 for name in ("memory", "own"))
+        cells = (
+            load["network"], load["quantize"], f"{size / 1e9:.2f}", f"{size / best / 1e9:.2f}", f"{size / seconds / 1e9:.2f}",
+            f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"{touch:.2f}",
+            f"{size / load['new_memory']:.2f}", f"{memory:.2f}", f"{own:.2f}",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    for load in loads:
+        if made := load.get("made"):
+            rows += [
+                "",
+                f"Making {load['quantize']} of the {load['network']}: {made['seconds']:.1f} s, at most {made['memory'] / 1e9:.2f} GB of "
+                f"host memory, of these {made['own'] / 1e9:.2f} not mapped; the largest shard has {load['shard_bytes'] / 1e9:.2f}, the "
+                f"result {made['held'] / 1e9:.2f}.",
+            ]
     return "\n".join(rows)
 
 
@@ -322,18 +326,20 @@ def main() -> None:
         prog="python -m benchmarks.loading", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a name or a folder, on the disk that is to be measured")
-    parser.add_argument("--network", choices=NETWORKS, default="transformer")
-    parser.add_argument("--quantize", default="none", help="none (bfloat16) or a format, by name (default none)")
+    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=["transformer"], help="default transformer")
+    parser.add_argument("--quantize", nargs="+", default=["none"], help="none (bfloat16) or formats (default none)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/loading-DATE.json)")
     parser.add_argument("--once", type=Path, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once is not None:
-        print(json.dumps(asdict(load_here(args.model, args.network, args.quantize, args.once))))
+        print(json.dumps(asdict(load_here(args.model, args.network[0], args.quantize[0], args.once))))
         return
-    record = environment.record() | {"network": args.network, "quantize": args.quantize}
-    record |= measure(args.model, args.network, args.quantize, args.rounds)
-    print(table(record))
+    record = environment.record() | {"model": Path(args.model).name, "loads": []}
+    for component in args.network:
+        for quantize in args.quantize:
+            record["loads"].append(measure(args.model, component, quantize, args.rounds))
+    print(table(record["loads"]))
     print(f"written: {environment.keep(record, 'loading', args.out)}")
 
 

@@ -14,18 +14,8 @@ LAYERS = (
     ("settings", "stages", "many"),
     ("safety", "load"),
     (
-        "sampler",
-        "plan",
-        "choices",
-        "candidates",
-        "footprint",
-        "text",
-        "lora",
-        "store",
-        "offload",
-        "quant",
-        "attention",
-        "cache",
+        "sampler", "plan", "choices", "candidates", "footprint", "counting", "text", "lora", "store", "offload", "quant",
+        "attention", "cache",
     ),
     ("costs", "hardware", "rates", "schedule", "latents"),
     ("model",),
@@ -34,7 +24,7 @@ LAYERS = (
     ("presets",),
     ("request",),
     ("errors", "version", "__init__", "__main__"),
-)
+)  # fmt: skip
 
 
 def layer_of(module: str) -> int:
