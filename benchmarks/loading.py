@@ -312,11 +312,13 @@ def table(loads: Sequence[dict[str, Any]]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     for load in loads:
         if made := load.get("made"):
+            memory, own, shard, held = (
+                f"{size / 1e9:.2f}" for size in (made["memory"], made["own"], load["shard_bytes"], made["held"])
+            )
             rows += [
                 "",
-                f"Making {load['quantize']} of the {load['network']}: {made['seconds']:.1f} s, at most {made['memory'] / 1e9:.2f} GB of "
-                f"host memory, of these {made['own'] / 1e9:.2f} not mapped; the largest shard has {load['shard_bytes'] / 1e9:.2f}, the "
-                f"result {made['held'] / 1e9:.2f}.",
+                f"Making {load['quantize']} of the {load['network']}: {made['seconds']:.1f} s, at most {memory} GB of host memory, of "
+                f"these {own} not mapped; the largest shard has {shard}, the result {held}.",
             ]
     return "\n".join(rows)
 

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks import loading
 from flux2_local import WeightsDamagedError, mapping, weights
 from flux2_local.model.meta import meta
 from flux2_local.offload import resident, staged
@@ -179,3 +181,21 @@ def test_the_way_to_a_device_leaves_nothing_on_the_host(shard, most, monkeypatch
     assert 0 < most() <= mapping.AHEAD + 3 * LAYER + SLACK
     assert np.array_equal(net.layers[7].weight.float().numpy(), load_file(shard)["layers.7.weight"].float().numpy())
     assert len(hung(net)) == COUNT + 1
+
+
+@linux
+@pytest.mark.parametrize("quantize", ["none", "builtin-int8"])
+def test_the_benchmark_finds_a_cold_load_whole(dev_folder, tmp_path, monkeypatch, quantize):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sources, files = loading.files_of(str(dev_folder), "transformer", quantize)
+    made = loading.load_here(str(dev_folder), "transformer", quantize, [])
+    try:
+        loading.drop(sources + files)
+    except SystemExit as problem:
+        pytest.skip(str(problem))
+    one = loading.load_here(str(dev_folder), "transformer", quantize, files)
+    assert (one.before, one.after, one.held) == (0, 1, made.held) and not one.note
+    load = {"network": "transformer", "quantize": quantize, "file_bytes": 2e9, "new_memory": 1e9, "shard_bytes": 4e9}
+    rounds = [{"disk": {"plain": 2.0, "direct": 1.0}, "load": asdict(one), "ratio": 0.5}]
+    text = loading.table([{**load, "made": asdict(made), "rounds": rounds}])
+    assert f"| {quantize} | 2.00 | 2.00 |" in text and "| 0.50 | 0.50–0.50 |" in text and "shard has 4.00" in text
