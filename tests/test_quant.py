@@ -44,6 +44,17 @@ def pixels(flux):
     return np.asarray(flux.generate("a red boat", **FIELDS).images[0].image).astype(int)
 
 
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-fp8", "builtin-int8-rotated", "builtin-int4"])
+def test_a_layer_quantized_in_parts_is_the_same(name, monkeypatch):
+    weight = normal(100, 128)
+    whole = builtin.parts(builtin.quantize(weight, FORMATS[name], torch.float32, CPU))
+    monkeypatch.setattr(builtin, "PART", 7 * 128)
+    parts = builtin.parts(builtin.quantize(weight, FORMATS[name], torch.float32, CPU))
+    one = 1 if "rotated" in name else 0  # the rotation is a product, which rounds as its size makes it
+    assert all((parts[part].float() - value.float()).abs().max() <= one for part, value in whole.items())
+    torch.testing.assert_close(parts["scale"], whole["scale"], rtol=1e-6, atol=0)
+
+
 def error(got, want):
     return float((got.float() - want.float()).norm() / want.float().norm())
 
