@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from flux2_local import Flux2
 from flux2_local.cli import app
+from flux2_local.endpoints import Pipelines
 from flux2_local.text import kept
 from flux2_local.text.kept import KeptPrompts
 
@@ -79,6 +80,18 @@ def test_commands_keep_them_where_that_is_asked_for(klein_folder, cache, tmp_pat
         done = CliRunner().invoke(app, [str(part) for part in (*arguments, *option)])
         assert done.exit_code == 0, done.output
         assert len(list(cache.glob("*"))) == kept_then
+
+
+def test_the_server_keeps_them_where_that_is_asked_for(klein_folder, cache, tmp_path, monkeypatch):
+    run = pytest.importorskip("flux2_local.server.run", reason="the server's packages are not installed")
+    asked = []
+    monkeypatch.setattr(run, "serve", asked.append)
+    done = CliRunner().invoke(app, ["serve", "-m", str(klein_folder), "--folder", str(tmp_path), "--keep-prompts"])
+    assert done.exit_code == 0, done.output
+    flux = Pipelines(asked[0].loading).get("standard")
+    assert not read(flux)
+    draw(flux)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_another_encoder_format_or_type_has_embeddings_of_its_own(dev_folder, klein_folder, cache):

@@ -26,7 +26,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is i
 COUNT, ROWS, COLUMNS = 24, 2048, 1024
 LAYER = 2 * ROWS * COLUMNS
 """Bytes of a layer in 16 bit."""
-SLACK = 2 * 2**20
+SLACK = 3 * 2**20
 """Bytes of pages that may come with others: the interpreter's own files."""
 
 

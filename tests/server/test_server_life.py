@@ -238,10 +238,3 @@ def test_metrics_count(server):
     ):
         assert name in text
     assert server.client.get("/ready").json() == {"status": "ready"}
-
-
-def test_prompts_are_kept_where_that_is_asked_for(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    server = start("--keep-prompts")
-    assert server.run().status_code == 200
-    assert len(list((tmp_path / "flux2-local" / "prompts").iterdir())) == 1
