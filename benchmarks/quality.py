@@ -99,9 +99,7 @@ def generate(
 
 def autoencoder_psnr(count: int, model: str) -> float:
     """Mean PSNR in dB of ``count`` held-out drawings of 512² after encoding and decoding, as uint8."""
-    checkpoint, _ = choose(
-        model, make_settings("standard", "none", None, None, None), find_hardware("cpu"), Work(), None
-    )
+    checkpoint, _ = choose(model, make_settings("standard", "none"), find_hardware("cpu"), Work(), None)
     vae = load.build_vae(checkpoint, torch.float32)
     total = []
     for i in range(count):

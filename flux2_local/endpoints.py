@@ -159,20 +159,10 @@ class Pipelines:
 
 def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
     from .costs import Work
-    from .settings import choose, find_hardware, make_settings
+    from .settings import choose, find_hardware, settings_of
 
     a = arguments
-    settings = make_settings(
-        a["variant"],
-        a["acceleration"],
-        a.get("vram"),
-        a.get("dtype"),
-        None,
-        a.get("attention", "auto"),
-        a.get("quantize", "auto"),
-        a.get("compile"),
-    )
-    checkpoint, plan = choose(a.get("model"), settings, find_hardware(a.get("device")), Work(), a.get("base"))
+    checkpoint, plan = choose(a.get("model"), settings_of(a), find_hardware(a.get("device")), Work(), a.get("base"))
     return checkpoint.source, plan
 
 

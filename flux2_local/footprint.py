@@ -7,27 +7,18 @@ next is added up from its shapes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from . import attention, costs, quant
 from .costs import WIDTH, Architecture, Work
-from .errors import OutputError
-from .files import cache_folder, write
+from .counting import Peak, Workspaces, remembered
 from .hardware import Kind
 from .model.autoencoder import Autoencoder
 from .model.blocks import SCHEDULE, repeated
@@ -123,131 +114,11 @@ def own_bytes(value: Tensor, dtype: str) -> int:
     return value.numel() * (WIDTH[dtype] if isinstance(value, nn.Parameter) else value.element_size())
 
 
-Count = TypeVar("Count", bound=Callable[..., int])
-
-
-def remembered(count: Count) -> Count:
-    """Keep what ``count`` returns on disk. For what runs on the meta device torch imports its compiler, which takes longer than
-    a small picture; a process that asks for nothing new need not."""
-
-    @cache
-    def known(*arguments: Any) -> int:
-        path, key = counts_file(), f"{count.__name__}{arguments!r}"
-        table = read_counts(path)
-        if key not in table:
-            value = count(*arguments)
-            # Read again: another process may have counted meanwhile.
-            with suppress(OutputError):
-                write(path, json.dumps({**read_counts(path), key: value}).encode())
-            return value
-        return table[key]
-
-    return known  # type: ignore[return-value]
-
-
-@cache
-def counts_file() -> Path:
-    """Counts made by this version of torch and of the code that they follow from."""
-    here = Path(__file__).parent
-    sources = sorted(
-        p for name in ("*.py", "attention/*.py", "model/*.py", "offload/*.py", "quant/*.py") for p in here.glob(name)
-    )
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return cache_folder("counts") / f"{digest.hexdigest()[:16]}.json"
-
-
-def read_counts(path: Path) -> dict[str, int]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, while they live.
-
-    Attributes:
-        now, peak: bytes alive, and the most that were at once.
-    """
-
-    def __init__(self, known: nn.Module | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._live = {value.untyped_storage()._cdata for _, value in ([] if known is None else hung(known))}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler for it, which takes a second."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map_only(Tensor, self._seen, func(*args, **(kwargs or {})))
-
-    def _seen(self, value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in self._live:
-            self._live.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return value
-
-    def _gone(self, key: int, size: int) -> None:
-        self._live.discard(key)
-        self.now -= size
-
-
-class Workspaces(TorchFunctionMode):
-    """What kernels allocate beside their results and the meta device does not show.
-
-    Fused attention gives [B, H, T, d] in the layout of [B, T, H, d] and allocates the logarithms of its sums, a mask of booleans in
-    q's type, and on a CPU each thread's scores. A CPU's convolutions of contiguous pictures work in a layout of their own, to which
-    the picture is copied and from which the result is.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__()
-        self.threads, self.copying = setup.threads, setup.kind == "cpu" and not setup.channels_last
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not written_out():
-            return self.attention(args[0], kwargs.get("attn_mask"))
-        result = func(*args, **kwargs)
-        if func is F.conv2d and self.copying:
-            torch.empty(max(args[0].nbytes, result.nbytes), dtype=torch.uint8)
-        return result
-
-    def attention(self, q: Tensor, mask: Tensor | None) -> Tensor:
-        beside = [] if mask is None else [torch.empty(mask.shape, dtype=q.dtype)]
-        beside.append(torch.empty(q.shape[:-1], dtype=torch.float32))
-        beside.append(torch.empty(self.threads * scores_of_a_thread(q), dtype=torch.uint8))
-        result = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-        del beside
-        return result
-
-
-def written_out() -> bool:
-    """Whether torch is held to attention that writes every score to memory."""
-    allowed = torch.backends.cuda
-    return not (allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
-
-
-def scores_of_a_thread(q: Tensor) -> int:
-    """Bytes that a thread of torch's fused attention on a CPU works in. Source: the block sizes of ``cpu_flash_attention`` in
-    ``aten/src/ATen/native/cpu/FlashAttentionKernel.cpp``."""
-    rows, columns = next(size for least, size in ((768, 256), (192, 64), (0, 32)) if q.shape[2] >= least), 512
-    reduced = 0 if q.dtype == torch.float32 else rows * columns * q.element_size()
-    return 4 * rows * (columns + 2 + q.shape[3]) + reduced
-
-
 @contextmanager
 def counted(network: nn.Module, setup: Setup) -> Iterator[Peak]:
     """Count what is made inside, on the meta device."""
-    with torch.device("meta"), torch.no_grad(), Workspaces(setup), Peak(network) as peak:
+    copying = setup.kind == "cpu" and not setup.channels_last
+    with torch.device("meta"), torch.no_grad(), Workspaces(setup.threads, copying), Peak(network) as peak:
         yield peak
 
 

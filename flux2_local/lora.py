@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import weights
+from . import mapping, weights
 from .errors import WeightsDamagedError
 
 PREFIX = "transformer."
@@ -94,8 +94,8 @@ def merge(module: nn.Module, updates: dict[str, Update], strength: float, source
         WeightsDamagedError: an update names a module that is not there or has another shape.
     """
     check(module, updates, source)
-    for name in updates:
-        layer = module.get_submodule(name)
+    layers = ((name, module.get_submodule(name)) for name in updates)
+    for name, layer in mapping.fetched(layers, lambda one: [one[1].get_parameter("weight").detach()]):
         assert isinstance(layer, nn.Linear)
         merged = added(name, layer.weight, [(updates, strength)]).to(layer.weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)

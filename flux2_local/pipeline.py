@@ -99,8 +99,17 @@ class Flux2:
             ModelError: the model is unknown, missing or damaged.
             PlanError: the device is not there, the attention backend cannot be used, or the model does not fit.
         """
-        settings = make_settings(variant, acceleration, vram, dtype, lora, attention, quantize, compile)
-        settings = replace(settings, keep_prompts=keep_prompts)
+        settings = make_settings(
+            variant,
+            acceleration,
+            vram=vram,
+            dtype=dtype,
+            lora=lora,
+            attention=attention,
+            quantize=quantize,
+            compile=compile,
+            keep_prompts=keep_prompts,
+        )
         hardware = find_hardware(device)
         if hardware.device in devices():
             raise BackendUnavailableError(

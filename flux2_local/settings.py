@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from . import load, lora, quant, store
+from . import load, quant, store
 from .attention import AUTO, NAMES
 from .candidates import Need
 from .costs import Work
 from .errors import BudgetError, RequestError
 from .hardware import Hardware, from_preset, probe
-from .plan import Plan, make_plan
+from .lora import Lora
+from .lora import load as lora_file
+from .plan import Plan, Wishes, make_plan
 from .presets import parse_bytes, tiers
 from .request import ACCELERATIONS, VARIANTS, Acceleration, Variant
 from .store import Checkpoint
@@ -21,28 +25,18 @@ LoraSource = str | Path | tuple[str | Path, float]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Wishes):
     """What :meth:`Flux2.load` was asked for, checked.
 
     Attributes:
         variant, acceleration: of every request, unless a request names another acceleration.
-        vram: bytes of device memory that may be used, or None.
-        dtype: compute type insisted on, or None.
         adapters: the user's LoRAs.
-        attention: "auto", or the attention backend insisted on.
-        quantize: "auto", "none" or the format that the weights are to have.
-        compiled: whether torch.compile is to be used, or None to leave it to the plan.
         keep_prompts: whether prompts' embeddings are kept on disk.
     """
 
-    variant: Variant
-    acceleration: Acceleration
-    vram: int | None
-    dtype: str | None
-    adapters: tuple[lora.Lora, ...]
-    attention: str = AUTO
-    quantize: str = "auto"
-    compiled: bool | None = None
+    variant: Variant = "standard"
+    acceleration: Acceleration = "regular"
+    adapters: tuple[Lora, ...] = ()
     keep_prompts: bool = False
 
     def plan(self, need: Need, hardware: Hardware) -> Plan:
@@ -52,20 +46,22 @@ class Settings:
             BackendUnavailableError: something insisted on cannot be used.
             BudgetError: nothing fits.
         """
-        return make_plan(need, hardware, self.vram, self.dtype, self.attention, self.quantize, self.compiled)
+        return make_plan(need, hardware, self)
 
 
 def make_settings(
-    variant: str,
-    acceleration: str,
-    vram: str | int | None,
-    dtype: str | None,
-    adapters: LoraSource | list[LoraSource] | None,
+    variant: str = "standard",
+    acceleration: str = "regular",
+    *,
+    vram: str | int | None = None,
+    dtype: str | None = None,
+    lora: LoraSource | list[LoraSource] | None = None,
     attention: str = AUTO,
     quantize: str = "auto",
-    compiled: bool | None = None,
+    compile: bool | None = None,  # noqa: A002
+    keep_prompts: bool = False,
 ) -> Settings:
-    """Check the arguments of :meth:`Flux2.load`.
+    """Check the arguments of :meth:`Flux2.load` that have these names.
 
     Raises:
         RequestError: naming the argument, what was given and what is allowed.
@@ -84,10 +80,29 @@ def make_settings(
         budget = None if vram is None else parse_bytes(vram)
     except ValueError as error:
         raise RequestError(f"vram: {error}") from None
-    given = adapters if isinstance(adapters, list) else [] if adapters is None else [adapters]
+    given = lora if isinstance(lora, list) else [] if lora is None else [lora]
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in given]
-    found = tuple(lora.Lora(lora.load(source), float(strength)) for source, strength in pairs)
-    return Settings(variant, acceleration, budget, dtype, found, attention, quantize, compiled)  # type: ignore[arg-type]
+    found = tuple(Lora(lora_file(source), float(strength)) for source, strength in pairs)
+    return Settings(
+        vram=budget,
+        dtype=dtype,
+        attention=attention,
+        quantize=quantize,
+        compiled=compile,
+        variant=variant,  # type: ignore[arg-type]
+        acceleration=acceleration,  # type: ignore[arg-type]
+        adapters=found,
+        keep_prompts=keep_prompts,
+    )
+
+
+def settings_of(loading: Mapping[str, Any]) -> Settings:
+    """The settings that arguments of :meth:`Flux2.load` make, by name; without LoRAs, of which plans know nothing.
+
+    Raises:
+        RequestError: as :func:`make_settings`.
+    """
+    return make_settings(**{k: v for k, v in loading.items() if k not in ("model", "device", "base", "lora")})
 
 
 def find_hardware(device: str | None, ram: int | None = None) -> Hardware:

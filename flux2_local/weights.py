@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import mapping
 from .errors import PickleRefusedError, WeightsDamagedError
 from .files import reason
 
@@ -99,16 +100,13 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def read_files(paths: list[Path]) -> Tensors:
-    """Every tensor of some safetensors files, mapped from the disk rather than copied."""
-    from safetensors import SafetensorError, safe_open
-
+    """Every tensor of some safetensors files, mapped from the disk rather than copied, in the order in which they lie there."""
     for path in paths:
-        header(path)
+        entries = header(path)
         try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():  # noqa: SIM118
-                    yield name, f.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            yield from mapping.tensors(path, entries, path.stat().st_size - end)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise WeightsDamagedError(f"{path} cannot be read: {reason(error)}. {FETCH_AGAIN}") from error
 
 
@@ -171,19 +169,26 @@ def fill(
         WeightsDamagedError: a tensor is missing or has another shape.
     """
     wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, value in tensors:
-        target = rename(name) if rename else name
-        if target is None or target not in wanted:
-            continue
-        expected = wanted.pop(target)
-        if expected.shape != value.shape:
-            raise WeightsDamagedError(
-                f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
-                f"belongs to another model, or its config.json does."
-            )
-        if dtype is not None and value.is_floating_point() and not target.startswith(keep_dtype or ("\0",)):
-            value = value.to(dtype)
-        assign(module, target, value)
+
+    def fitting() -> Tensors:
+        for name, value in tensors:
+            target = rename(name) if rename else name
+            if target is None or target not in wanted:
+                continue
+            expected = wanted.pop(target)
+            if expected.shape != value.shape:
+                raise WeightsDamagedError(
+                    f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
+                    f"belongs to another model, or its config.json does."
+                )
+            yield target, value
+
+    def converted(target: str, value: Tensor) -> bool:
+        own = target.startswith(keep_dtype or ("\0",))
+        return dtype not in (None, value.dtype) and value.is_floating_point() and not own
+
+    for target, value in mapping.fetched(fitting(), lambda one: [one[1]] if converted(*one) else []):
+        assign(module, target, value.to(dtype) if converted(target, value) else value)
     if wanted:
         some = ", ".join(sorted(wanted)[:3])
         raise WeightsDamagedError(

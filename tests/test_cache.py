@@ -10,9 +10,9 @@ import torch
 from flux2_local import Flux2
 from flux2_local.cache import StepCache
 from flux2_local.candidates import Need
+from flux2_local.choices import choose_cache
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
-from flux2_local.plan import choose_cache
 from flux2_local.presets import CachePolicy, models, tiers
 
 EVERY = CachePolicy(threshold=1e9, warmup=2, tail=1, limit=2)

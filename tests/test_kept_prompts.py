@@ -6,8 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from flux2_local import Flux2
+from flux2_local.cli import app
+from flux2_local.endpoints import Pipelines
 from flux2_local.text import kept
 from flux2_local.text.kept import KeptPrompts
 
@@ -50,6 +53,45 @@ def test_many_requests_use_it_too(dev_folder, cache):
         flux = Flux2.load(dev_folder, keep_prompts=True)
         pictures.append([result.images[0].data for result in flux.generate_many(asked)])
     assert pictures[0] == pictures[1] and not read(flux)
+
+
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_commands_keep_them_where_that_is_asked_for(klein_folder, cache, tmp_path, command):
+    (tmp_path / "p.txt").write_text("a red boat\n")
+    what = (
+        ["a red boat", "-o", tmp_path / "x.png"]
+        if command == "generate"
+        else [tmp_path / "p.txt", "-o", tmp_path / "out"]
+    )
+    common = ["--overwrite"] if command == "batch" else []
+    arguments = [
+        command,
+        *what,
+        *common,
+        "-m",
+        klein_folder,
+        "--size",
+        "512x512",
+        "--steps",
+        "4",
+        "--no-safety-checker",
+    ]
+    for option, kept_then in ([], 0), (["--keep-prompts"], 1):
+        done = CliRunner().invoke(app, [str(part) for part in (*arguments, *option)])
+        assert done.exit_code == 0, done.output
+        assert len(list(cache.glob("*"))) == kept_then
+
+
+def test_the_server_keeps_them_where_that_is_asked_for(klein_folder, cache, tmp_path, monkeypatch):
+    run = pytest.importorskip("flux2_local.server.run", reason="the server's packages are not installed")
+    asked = []
+    monkeypatch.setattr(run, "serve", asked.append)
+    done = CliRunner().invoke(app, ["serve", "-m", str(klein_folder), "--folder", str(tmp_path), "--keep-prompts"])
+    assert done.exit_code == 0, done.output
+    flux = Pipelines(asked[0].loading).get("standard")
+    assert not read(flux)
+    draw(flux)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_another_encoder_format_or_type_has_embeddings_of_its_own(dev_folder, klein_folder, cache):

@@ -8,7 +8,7 @@ from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
-from flux2_local.plan import make_plan
+from flux2_local.plan import Wishes, make_plan
 from flux2_local.presets import CachePolicy, devices, models, tiers
 from flux2_local.request import make_request
 
@@ -116,7 +116,7 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
     assert "one picture has 336 tokens and the device takes 1024" in str(plan("square"))
     arch, one = load.architecture(flux.checkpoint), Work(512, 512)
     need = Need("tiny", "standard", tiers()["regular"], arch, one)
-    plenty = make_plan(need, replace(flux.hardware, free=10**12), dtype="float32")
+    plenty = make_plan(need, replace(flux.hardware, free=10**12), Wishes(dtype="float32"))
     own = {"ops": plenty.ops, "attention": plenty.attention, "threads": flux.hardware.cores}
     setup = footprint.Setup(arch, "float32", "cpu", skipping=True, folded=True, **own)
     single, four = (footprint.denoising(setup, replace(one, batch=count)) for count in (1, 4))

@@ -12,7 +12,7 @@ from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, fit, survey
 from flux2_local.hardware import from_preset, probe
 from flux2_local.offload.tensors import ALIGNMENT
-from flux2_local.plan import built, explain, make_plan
+from flux2_local.plan import Wishes, built, explain, make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
 
 
@@ -80,17 +80,17 @@ def test_as_much_stays_on_the_device_as_fits():
 @pytest.mark.parametrize("name", ["klein-4b", "dev"])
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(name):
     with pytest.raises(BudgetError) as caught:
-        make_plan(need(name), card("23GiB"), parse_bytes("1GiB"))
+        make_plan(need(name), card("23GiB"), Wishes(vram=parse_bytes("1GiB")))
     smallest = caught.value.smallest
     assert show_bytes(smallest) in str(caught.value) and smallest < parse_bytes("5GiB")
-    assert make_plan(need(name), card("23GiB"), smallest).transformer.placement == "streamed"
+    assert make_plan(need(name), card("23GiB"), Wishes(vram=smallest)).transformer.placement == "streamed"
     with pytest.raises(BudgetError):
-        make_plan(need(name), card("23GiB"), smallest - 2**20)
+        make_plan(need(name), card("23GiB"), Wishes(vram=smallest - 2**20))
 
 
 def test_a_picture_too_large_to_decode_whole_is_decoded_in_tiles(dev_folder, monkeypatch):
     with pytest.raises(BudgetError) as caught:
-        make_plan(need_of(dev_folder, "regular", Work(1024, 1024)), probe("cpu"), 1, quantize="none")
+        make_plan(need_of(dev_folder, "regular", Work(1024, 1024)), probe("cpu"), Wishes(vram=1, quantize="none"))
     flux = Flux2.load(dev_folder, vram=caught.value.smallest, quantize="none")
     seen = []
     decode = flux._components.vae.decode
@@ -106,7 +106,7 @@ def test_a_picture_too_large_to_decode_whole_is_decoded_in_tiles(dev_folder, mon
     flux.generate("a boat", image_size="square", num_inference_steps=4, enable_safety_checker=False)
     assert seen == [512, 0]
     with pytest.raises(BudgetError):  # the exact tier decodes whole pictures, as the reference does
-        make_plan(need_of(dev_folder, "none", Work(1024, 1024)), probe("cpu"), caught.value.smallest)
+        make_plan(need_of(dev_folder, "none", Work(1024, 1024)), probe("cpu"), Wishes(vram=caught.value.smallest))
 
 
 def test_larger_work_costs_more():

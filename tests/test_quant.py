@@ -29,7 +29,7 @@ from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset, probe
 from flux2_local.model.blocks import block_linears
 from flux2_local.model.transformer import Flux2Transformer
-from flux2_local.plan import make_plan
+from flux2_local.plan import Wishes, make_plan
 from flux2_local.presets import models, parse_bytes, tiers
 from flux2_local.quant import builtin, convert, disk, measure
 from flux2_local.quant.formats import FORMATS, Format, numbers
@@ -42,6 +42,17 @@ USABLE = [f.name for f in FORMATS.values() if f.reason_against(HERE, "bfloat16")
 
 def pixels(flux):
     return np.asarray(flux.generate("a red boat", **FIELDS).images[0].image).astype(int)
+
+
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-fp8", "builtin-int8-rotated", "builtin-int4"])
+def test_a_layer_quantized_in_parts_is_the_same(name, monkeypatch):
+    weight = normal(100, 128)
+    whole = builtin.parts(builtin.quantize(weight, FORMATS[name], torch.float32, CPU))
+    monkeypatch.setattr(builtin, "PART", 7 * 128)
+    parts = builtin.parts(builtin.quantize(weight, FORMATS[name], torch.float32, CPU))
+    one = 1 if "rotated" in name else 0  # the rotation is a product, which rounds as its size makes it
+    assert all((parts[part].float() - value.float()).abs().max() <= one for part, value in whole.items())
+    torch.testing.assert_close(parts["scale"], whole["scale"], rtol=1e-6, atol=0)
 
 
 def error(got, want):
@@ -330,7 +341,7 @@ def test_the_planner_quantizes_where_streaming_in_16_bit_takes_much_longer():
 def test_what_must_not_be_quantized_is_not(quantize):
     tier = "none" if quantize == "auto" else "regular"
     hw = from_preset("rtx-4060-ti-16gb", parse_bytes("64GiB"))
-    plan = make_plan(need("klein-9b", tier), hw, quantize=quantize)
+    plan = make_plan(need("klein-9b", tier), hw, Wishes(quantize=quantize))
     assert {plan.transformer.format, plan.text_encoder.format} == {"bfloat16"}
 
 
@@ -345,11 +356,11 @@ def test_the_high_tier_takes_what_was_measured_faster(monkeypatch):
 
 def test_a_format_named_is_used_or_refused():
     hw = from_preset("h200")
-    assert make_plan(need(), hw, quantize="builtin").transformer.format == "builtin-fp8"
-    assert make_plan(need(), from_preset("rtx-3090"), quantize="builtin").transformer.format == "builtin-int8"
-    assert make_plan(need(), hw, quantize="builtin-int4").transformer.format == "builtin-int4"
+    assert make_plan(need(), hw, Wishes(quantize="builtin")).transformer.format == "builtin-fp8"
+    assert make_plan(need(), from_preset("rtx-3090"), Wishes(quantize="builtin")).transformer.format == "builtin-int8"
+    assert make_plan(need(), hw, Wishes(quantize="builtin-int4")).transformer.format == "builtin-int4"
     with pytest.raises(BackendUnavailableError, match=r"compute capability 8.9.*builtin-int8"):
-        make_plan(need(), from_preset("rtx-3090"), quantize="builtin-fp8")
+        make_plan(need(), from_preset("rtx-3090"), Wishes(quantize="builtin-fp8"))
 
 
 def test_a_format_named_wrongly_is_refused_at_once(dev_folder):
@@ -371,9 +382,9 @@ def test_a_small_budget_is_met_by_quantizing():
     checkpoint = store.find("tiny", "standard")
     arch = load.architecture(checkpoint)
     work = Need("tiny", "standard", tiers()["regular"], arch, Work(512, 512))
-    exact = make_plan(work, HERE, quantize="none").peak_bytes
+    exact = make_plan(work, HERE, Wishes(quantize="none")).peak_bytes
     with pytest.raises(BudgetError) as caught:
-        make_plan(work, HERE, 1, quantize="none")
-    plan = make_plan(work, HERE, caught.value.smallest - 2**20)
+        make_plan(work, HERE, Wishes(vram=1, quantize="none"))
+    plan = make_plan(work, HERE, Wishes(vram=caught.value.smallest - 2**20))
     assert plan.transformer.format.startswith("builtin-") and plan.peak_bytes < exact
     assert parse_bytes("1MiB") == 2**20 and quant.find("builtin", HERE, plan.dtype).name == "builtin-int8"

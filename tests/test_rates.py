@@ -10,7 +10,7 @@ from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, hardware_rows
 from flux2_local.hardware import ASSUMED_RAM, from_preset, probe
-from flux2_local.plan import make_plan
+from flux2_local.plan import Wishes, make_plan
 from flux2_local.presets import models, tiers
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def figures(hardware):
     need = Need("klein-4b", "standard", tiers()["regular"], family_architecture(models()["klein-4b"]), Work())
-    plan = make_plan(need, hardware, budget=hardware.free)
+    plan = make_plan(need, hardware, Wishes(vram=hardware.free))
     return next(choice for choice in plan.choices if choice.what == "figures"), plan
 
 

@@ -13,14 +13,18 @@ LAYERS = (
     ("pipeline",),
     ("settings", "stages", "many"),
     ("safety", "load"),
-    ("sampler", "plan", "candidates", "footprint", "text", "lora", "store", "offload", "quant", "attention", "cache"),
+    (
+        "sampler", "plan", "choices", "candidates", "footprint", "counting", "text", "lora", "store", "offload", "quant",
+        "attention", "cache",
+    ),
     ("costs", "hardware", "rates", "schedule", "latents"),
     ("model",),
     ("weights", "result", "images", "files", "frames", "progress"),
+    ("mapping",),
     ("presets",),
     ("request",),
     ("errors", "version", "__init__", "__main__"),
-)
+)  # fmt: skip
 
 
 def layer_of(module: str) -> int:

@@ -19,7 +19,7 @@ from flux2_local.hardware import from_preset, probe
 from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.ops import REFERENCE
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
-from flux2_local.plan import built, make_plan
+from flux2_local.plan import Wishes, built, make_plan
 
 CONFIG = TransformerConfig(
     num_layers=2,
@@ -100,12 +100,12 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 def test_it_is_planned_where_it_is_asked_for(dev_folder, monkeypatch):
     hardware = from_preset("cpu-8", 2**36)
-    asked, left = (make_plan(need(), hardware, compiled=wish) for wish in (True, None))
+    asked, left = (make_plan(need(), hardware, Wishes(compiled=wish)) for wish in (True, None))
     assert (asked.compile, asked.ops) == ("blocks", "reference") and (left.compile, left.ops) == ("off", "native")
     assert built(asked) != built(left) and "compile: off" in str(left) and "not blocks: 7 s of tracing" in str(left)
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(BackendUnavailableError, match="no C\\+\\+ compiler; install g\\+\\+"):
-        make_plan(need_of(dev_folder, "regular"), probe("cpu"), compiled=True)
+        make_plan(need_of(dev_folder, "regular"), probe("cpu"), Wishes(compiled=True))
 
 
 def test_a_model_is_loaded_with_its_blocks_compiled(fresh, dev_folder, monkeypatch):

@@ -177,6 +177,7 @@ def batch(
     attention: options.Attention = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = None,
+    keep_prompts: options.KeepPrompts = None,
     base: options.Base = None,
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -190,7 +191,7 @@ def batch(
     loading = {
         "model": model, "variant": variant or "standard", "acceleration": acceleration, "vram": vram, "device": device,
         "lora": options.parse_loras(lora) or None, "dtype": dtype,
-        "attention": attention, "quantize": quantize, "compile": compiled, "base": base,
+        "attention": attention, "quantize": quantize, "compile": compiled, "keep_prompts": keep_prompts, "base": base,
     }  # fmt: skip
     loading = {k: v for k, v in loading.items() if v is not None}
     if resume and overwrite:
@@ -230,10 +231,10 @@ def read_job(
     from ..batch import lines
     from ..batch.job import Sweep, make_job, parse_grid, parse_seeds
     from ..request import make_request
-    from ..settings import make_settings
+    from ..settings import settings_of
 
     grid, seeds, repeat, job_seed = sweep
-    variant = make_settings(loading["variant"], loading.get("acceleration", "regular"), None, None, None).variant
+    variant = settings_of(loading).variant
     defaults = {k: v for k, v in defaults.items() if v is not None}
     make_request(variant, {"prompt": "a check of the options", **defaults})
     if variant != "standard" and "acceleration" in loading:
@@ -269,19 +270,9 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
     """What ``--dry-run`` prints."""
     from ..batch.forecast import forecast
     from ..presets import show_bytes
-    from ..settings import make_settings
+    from ..settings import settings_of
 
-    wishes = {name: loading.get(name, "auto") for name in ("attention", "quantize")}
-    settings = make_settings(
-        loading["variant"],
-        loading.get("acceleration", "regular"),
-        loading.get("vram"),
-        loading.get("dtype"),
-        None,
-        **wishes,
-        compiled=loading.get("compile"),
-    )
-    told = forecast(job, loading.get("model"), settings, loading.get("device"))
+    told = forecast(job, loading.get("model"), settings_of(loading), loading.get("device"))
     if as_json:
         facts = {
             "pictures": job.count,

@@ -125,6 +125,7 @@ def edit(
     attention: options.Attention = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = None,
+    keep_prompts: options.KeepPrompts = None,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -145,6 +146,7 @@ def edit(
         attention=attention,
         quantize=quantize,
         compiled=compiled,
+        keep_prompts=keep_prompts,
         as_json=as_json,
         quiet=quiet,
     )

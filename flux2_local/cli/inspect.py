@@ -36,9 +36,14 @@ def plan(
     from ..request import make_request
     from ..settings import make_settings
 
-    wishes = {"attention": attention or "auto", "quantize": quantize or "auto"}
     settings = make_settings(
-        variant or "standard", acceleration or "regular", vram, dtype, None, **wishes, compiled=compiled
+        variant or "standard",
+        acceleration or "regular",
+        vram=vram,
+        dtype=dtype,
+        attention=attention or "auto",
+        quantize=quantize or "auto",
+        compile=compiled,
     )
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)

@@ -63,6 +63,7 @@ def serve(
     attention: options.Attention = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = None,
+    keep_prompts: options.KeepPrompts = None,
     base: options.Base = None,
 ) -> None:
     try:
@@ -74,7 +75,8 @@ def serve(
         ) from error
     loading: dict[str, Any] = {
         "model": model, "acceleration": acceleration, "lora": options.parse_loras(lora) or None, "vram": vram,
-        "device": device, "dtype": dtype, "attention": attention, "quantize": quantize, "compile": compiled, "base": base,
+        "device": device, "dtype": dtype, "attention": attention, "quantize": quantize, "compile": compiled,
+        "keep_prompts": keep_prompts, "base": base,
     }  # fmt: skip
     secure = (0 if port == 0 else port + 1) if tls_port is None else tls_port
     settings = Settings(

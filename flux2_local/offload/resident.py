@@ -8,8 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from .tensors import arriving, hang, moved
+
 
 def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Move ``module`` to ``device`` for good."""
-    module.to(device)
+    """Bring ``module`` to ``device`` for good, tensor by tensor: the host keeps none of them."""
+    for place, value in arriving(module):
+        if value.device != device:
+            hang([(place, moved(value, device))])
     return nullcontext

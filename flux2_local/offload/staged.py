@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from .tensors import hang, hung, moved
+from .tensors import arriving, hang, moved
 
 
 def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
@@ -16,7 +16,7 @@ def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContex
 
     The host's tensors are kept, so leaving costs nothing but the release of memory.
     """
-    home = hung(module)
+    home = list(arriving(module))
 
     @contextmanager
     def on_device() -> Iterator[None]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..mapping import fetched
+
 ALIGNMENT = 256
 """Of every tensor in a buffer, in bytes: what CUDA's own allocations have."""
 
@@ -32,6 +34,20 @@ def hang(places: Iterable[tuple[Place, Tensor]]) -> None:
     """Put tensors in their places."""
     for (table, name), value in places:
         table[name] = value
+
+
+def arriving(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+    """As :func:`hung`, in the order of addresses, which is that of the disk; each once it is in host memory, if it belongs there.
+
+    What has been given and put elsewhere is held no longer.
+    """
+    waiting = sorted(hung(module), key=lambda entry: leaves(entry[1])[0].data_ptr(), reverse=True)
+    return fetched((waiting.pop() for _ in range(len(waiting))), lambda entry: on_host(entry[1]))
+
+
+def on_host(value: Tensor) -> list[Tensor]:
+    """Those of :func:`leaves` that are in host memory."""
+    return [leaf for leaf in leaves(value) if leaf.device.type == "cpu"]
 
 
 def moved(value: Tensor, device: torch.device) -> Tensor:
@@ -88,7 +104,8 @@ class Packed:
 
     def fill(self, buffer: Tensor) -> None:
         """Copy the tensors into ``buffer``."""
-        for view, leaf in zip(self.views(buffer), self.plain, strict=True):
+        pairs: Iterable[tuple[Tensor, Tensor]] = zip(self.views(buffer), self.plain, strict=True)
+        for view, leaf in pairs if self.host is not None else fetched(pairs, lambda pair: [pair[1]]):
             view.copy_(leaf)
 
     def pack(self, host: Tensor) -> None:

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from .formats import Format
 
 LEAST_ROTATION = 16
+
+PART = 2**24
+"""Weights that are quantized at once."""
+
 VALUES = {"builtin-int8": torch.int8, "builtin-fp8": torch.float8_e4m3fn}
 
 
@@ -80,10 +84,16 @@ def quantize(weight: Tensor, form: Format, dtype: torch.dtype, device: torch.dev
     channels = weight.shape[1]
     how = arithmetic(form, channels, weight.shape[0], dtype, device)
     if form.group:
-        packed, scales = linear_w4.pack(weight, form.group)
-        return QuantizedLinear(packed, scales, how)
-    values, scale = quantize_rows.reference(weight, values_of(form), how.rotation)
+        return QuantizedLinear(*by_rows(weight, lambda part: linear_w4.pack(part, form.group)), how)
+    values, scale = by_rows(weight, lambda part: quantize_rows.reference(part, values_of(form), how.rotation))
     return QuantizedLinear(values, scale[:, 0].contiguous(), how)
+
+
+def by_rows(weight: Tensor, quantized: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What ``quantized``, which takes each row by itself, makes of [N, K], some rows at a time: it works in float32."""
+    parts = [quantized(part) for part in weight.split(max(1, PART // weight.shape[1]))]
+    values, scales = (torch.cat(column) for column in zip(*parts, strict=True))
+    return values, scales
 
 
 def parts(layer: nn.Module) -> dict[str, Tensor]:

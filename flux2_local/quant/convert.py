@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .. import weights
+from .. import mapping, weights
 from .formats import Format
 from .recipe import Recipe
 
@@ -59,7 +59,7 @@ def convert(
     """
     layers = recipe.layers(network)
     quantize = backend(recipe.form).quantize
-    for name, layer in layers.items():
+    for name, layer in mapping.fetched(layers.items(), lambda one: [one[1].weight.detach()]):
         network.set_submodule(name, quantize(merged(name, layer.weight), recipe.form, dtype, device))
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
     inside = tuple(f"{name}." for name in layers)

@@ -1,0 +1,223 @@
+"""What a plan decides one by one, each with its reason and what it was chosen over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from flux2_kernels import Place, place_of
+
+from . import attention as attentions
+from . import costs, quant
+from .candidates import Candidate, Draft, Need, Terms
+from .errors import BackendUnavailableError
+from .hardware import Hardware
+from .model import kernels
+from .model.compiled import reason_against
+from .presets import CachePolicy, Tier, show_bytes
+
+MOST_TOGETHER = 4
+"""Pictures denoised together at most; what a batch gains is nearly all in the first few."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: what was chosen, why, and every candidate that lost with its reason."""
+
+    what: str
+    value: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+def choose_dtype(tier: Tier, hardware: Hardware, asked: str | None) -> tuple[Choice, str]:
+    """The compute type: what was asked for, or the first of the tier's that this device runs at full rate."""
+    if asked is not None:
+        return Choice("dtype", asked, "asked for"), asked
+    wanted = tier.dtypes[hardware.kind]
+    rejected: list[tuple[str, str]] = []
+    for dtype in wanted:
+        if dtype in hardware.fast_dtypes or dtype == wanted[-1]:
+            return Choice("dtype", dtype, dtype_reason(dtype, tier, hardware), tuple(rejected)), dtype
+        rejected.append((dtype, f"{hardware.name} has no fast {dtype} matrix products"))
+    raise AssertionError("a tier without dtypes")
+
+
+def dtype_reason(dtype: str, tier: Tier, hardware: Hardware) -> str:
+    if tier.exact:
+        return "what the exact tier runs in"
+    if dtype == "float32":
+        return "the only type that this device runs well"
+    if dtype in hardware.fast_dtypes:
+        return f"{hardware.name} runs it at full rate"
+    return (
+        f"the type that the models are published in; {hardware.name} has no fast {dtype} matrix products, and "
+        f"{' or '.join(hardware.fast_dtypes)}, which it runs at full rate, has a smaller range (--dtype insists on it)"
+    )
+
+
+def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[quant.Format | None, ...]:
+    """Candidate formats of the weights, most wanted first; None is the compute type itself.
+
+    Raises:
+        BackendUnavailableError: the one asked for cannot be used here.
+    """
+    if asked == "none" or (asked == "auto" and tier.exact):
+        return (None,)
+    if asked != "auto":
+        return (quant.find(asked, hardware, dtype),)
+    usable = quant.automatic(hardware, dtype)
+    faster = tuple(f for f in usable if tier.quantize and hardware.sm in f.faster)
+    return (*faster, None, *(f for f in usable if f not in faster))
+
+
+def choose_format(
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str
+) -> Choice:
+    """Why the weights of the transformer and the text encoder are held as they are."""
+    form = winner.form
+    before = wanted[: wanted.index(form)]
+    rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
+    if form is None:
+        why = "asked for" if asked == "none" else "the exact tier quantizes nothing" if tier.exact else "it fits"
+        return Choice("weights", dtype, why, rejected)
+    cost = f"{form.weight_bytes:.2f} bytes a weight, layers' outputs about {form.loss:.1%} off"
+    if asked != "auto":
+        why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
+    else:
+        why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else ""), rejected)
+
+
+def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
+    """The attention backend, one for every size that is asked for, chosen at a square megapixel.
+
+    Raises:
+        BackendUnavailableError: the one asked for cannot be used.
+    """
+    arch = need.arch
+    shape = arch.tokens(1024, 1024) + arch.text_tokens, arch.transformer.num_attention_heads
+    problem = attentions.problem_on(hardware, dtype, *shape, arch.transformer.attention_head_dim)
+    picked = attentions.pick(asked, problem, need.tier)
+    return Choice("attention", picked.name, picked.reason, picked.rejected)
+
+
+def choose_compile(hardware: Hardware, asked: bool | None) -> Choice:
+    """Whether torch.compile takes the blocks: only where it is asked for.
+
+    Raises:
+        BackendUnavailableError: it is asked for, and there is no compiler.
+    """
+    if asked:
+        if problem := reason_against(hardware):
+            raise BackendUnavailableError(
+                f"The blocks cannot be compiled on {hardware.name}: {problem}. Leave compile out."
+            )
+        return Choice("compile", "blocks", "asked for", (("off", "asked for"),))
+    if asked is None and hardware.kind == "cpu":
+        lost = "7 s of tracing in every process and 30 s in the first, for 3 to 8 % of a step where that was measured"
+    else:
+        lost = "not asked for" if asked is None else "asked not to"
+    return Choice("compile", "off", "fused operations leave it little", (("blocks", lost),))
+
+
+def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = False) -> Choice:
+    """What computes between the matmuls: Triton kernels where they run and rounding may differ."""
+    here = place_of("cpu")
+    place = Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
+    against = kernels.reason_against(place, dtype, need.arch.transformer)
+    rounding = "it rounds once where the reference rounds after every operation"
+    slower = "a pass over memory for every operation"
+    if need.tier.exact and dtype != "float32":
+        why = "the exact tier keeps the reference's operations, bit for bit"
+        return Choice("ops", "reference", why, (("triton", against or rounding), ("native", rounding)))
+    if not against and not need.tier.exact:
+        why = "fused kernels, each one pass over memory and within rounding of the reference"
+        return Choice("ops", "triton", why, (("native", "more passes over memory"), ("reference", slower)))
+    lost = (("triton", against or "its products of float32 may be rounded to fewer bits"),)
+    if compiled:
+        return Choice("ops", "reference", "plain torch, of which the compiler makes few passes", lost)
+    if hardware.kind == "cpu":
+        why = "few of torch's own operators, within float32's rounding of the reference's"
+        return Choice("ops", "native", why, (*lost, ("reference", slower)))
+    return Choice("ops", "reference", "plain torch, which runs everywhere", lost)
+
+
+def layout_choice(tier: Tier) -> Choice:
+    if tier.exact:
+        return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
+    return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")
+
+
+def folds(tier: Tier, hardware: Hardware, dtype: str) -> bool:
+    """Whether upsampling is folded: where that was measured, and not where sums of weights would round the exact tier's."""
+    return hardware.kind == "cpu" and not (tier.exact and dtype != "float32")
+
+
+def upsampling_choice(tier: Tier, hardware: Hardware, dtype: str) -> Choice:
+    if folds(tier, hardware, dtype):
+        why = (
+            "4/9 of the multiplications, within rounding; its convolutions were measured to take half the time on a CPU"
+        )
+        return Choice("upsampling", "folded", why, (("plain", "it computes every doubled pixel"),))
+    lost = "its weights are rounded sums" if tier.exact else f"it has not been measured on a {hardware.kind} device"
+    return Choice(
+        "upsampling", "plain", "nearest neighbour, then a convolution, as the model's makers do", (("folded", lost),)
+    )
+
+
+def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
+    """Step caching, where the tier allows it, the model's thresholds are calibrated and there are steps to skip."""
+    policy = need.tier.cache.get(need.model)
+    if not need.tier.cache:
+        return Choice("step cache", "off", f"the {need.tier.name} tier computes every step"), None
+    if need.variant != "standard":
+        return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
+    if policy is None:
+        return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
+    policy = policy.at(need.work.steps)
+    spared = f"not in the first {policy.warmup} or the last {policy.tail}"
+    if policy.threshold == math.inf:
+        return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy
+    reason = f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, {spared}"
+    return Choice("step cache", "first block", reason), policy
+
+
+def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
+    """How many pictures are denoised together: as many as fill the device, within :data:`MOST_TOGETHER` and memory.
+
+    Returns:
+        The choice, the number, and the peak of device memory with so many.
+    """
+    need, work = terms.need, terms.need.work
+    if need.tier.exact:
+        why = "the exact tier denoises every picture by itself, as the reference does"
+        return Choice("batch", "1", why), 1, winner.peak
+    sizes = ((work.width, work.height), *work.references)
+    tokens = sum(need.arch.tokens(*size) for size in sizes) + need.arch.text_tokens
+    full = costs.full_tokens(terms.hardware, terms.dtype)
+    batch = min(MOST_TOGETHER, -(-full // tokens))
+    if batch == 1:
+        why = f"the {tokens} tokens of one picture fill the device, which takes {full}"
+        return Choice("batch", "1", why), 1, winner.peak
+    for count in range(batch, 1, -1):
+        together = replace(terms, need=replace(need, work=replace(work, batch=count)))
+        several = Draft(together, winner.form, winner.layout).candidate()
+        if not several.problem and (several.stay, several.tile) == (winner.stay, winner.tile):
+            why = f"one picture has {tokens} tokens and the device takes {full}"
+            return Choice("batch", str(count), why), count, several.peak
+    return Choice("batch", "1", "there is no memory for more"), 1, winner.peak
+
+
+def figures_choice(hardware: Hardware) -> Choice:
+    """What the predictions rest on."""
+    rates = f"{max(hardware.flops.values()) / 1e12:.3g} TFLOP/s"
+    if hardware.kind == "cuda":
+        rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
+    if hardware.measured:
+        return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
+    if hardware.described:
+        return Choice(
+            "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"
+        )
+    return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
