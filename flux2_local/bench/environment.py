@@ -65,13 +65,18 @@ def card(device: str) -> Iterator[tuple[str, Any]]:
     yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
+def place(figures: dict[str, Any], kind: str) -> Path:
+    """``KIND-DATE.json`` in :data:`RESULTS`."""
+    return RESULTS / f"{kind}-{figures['date'][:10]}.json"
+
+
 def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:
-    """Write a record with its figures as JSON to ``path``, or to ``KIND-DATE.json`` in :data:`RESULTS`; returns the path.
+    """Write a record with its figures as JSON to ``path``, or to its :func:`place`; returns the path.
 
     Raises:
         OutputError: it could not be written.
     """
-    path = path or RESULTS / f"{kind}-{figures['date'][:10]}.json"
+    path = path or place(figures, kind)
     return files.write(path, (json.dumps(figures, indent=2) + "\n").encode())
 
 

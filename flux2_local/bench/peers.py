@@ -40,12 +40,12 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
     pipe.set_progress_bar_config(disable=True)
     (change or plain)(pipe, subject)
 
-    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
         picture = pipe(
             prompt=prompt,
             width=subject.width,
             height=subject.height,
-            num_inference_steps=subject.steps,
+            num_inference_steps=steps or subject.steps,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(seed),
             max_sequence_length=preset.text_tokens,
@@ -53,7 +53,8 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
         ).images[0]
         return np.asarray(picture), {}
 
-    return Loaded(draw, {"dtype": dtype, "steps": subject.steps})
+    compiles = any(module._compiled_call_impl is not None for module in pipe.transformer.modules())
+    return Loaded(draw, {"dtype": dtype, "steps": subject.steps, "compiles": compiles})
 
 
 def from_disk(subject: Subject, dtype: torch.dtype) -> tuple[Any, ModelPreset]:
@@ -162,9 +163,9 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
         verbose=False,
     )
 
-    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
-        size = {"width": subject.width, "height": subject.height}
-        (picture,) = engine.generate_image(prompt, **size, sample_steps=subject.steps, cfg_scale=1.0, seed=seed)
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+        work = {"width": subject.width, "height": subject.height, "sample_steps": steps or subject.steps}
+        (picture,) = engine.generate_image(prompt, **work, cfg_scale=1.0, seed=seed)
         return np.asarray(picture.convert("RGB")), {}
 
-    return Loaded(draw, {"dtype": "float32", "steps": subject.steps})
+    return Loaded(draw, {"dtype": "float32", "steps": subject.steps, "compiles": False})
