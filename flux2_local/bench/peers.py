@@ -142,8 +142,8 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
     """stable-diffusion.cpp with its 8-bit weights (q8_0, made while loading) and the flags that its page on FLUX.2 names.
 
     Raises:
-        ModelError: the checkpoint lacks a file that it reads: the transformer in Black Forest Labs' naming, or the text encoder
-            in one piece.
+        ModelError: the checkpoint lacks a file that it reads (the transformer in Black Forest Labs' naming, or the text encoder
+            in one piece), or it does not know the shapes.
     """
     from stable_diffusion_cpp import StableDiffusion
 
@@ -155,13 +155,19 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
             raise ModelError(
                 f"stable-diffusion.cpp reads one .safetensors file in {parts[name]}, and there are {len(found)}."
             )
-    engine = StableDiffusion(
-        **{name: str(found[0]) for name, found in files.items()},
-        wtype="q8_0",
-        diffusion_flash_attn=True,
-        n_threads=usable_cores(),
-        verbose=False,
-    )
+    try:
+        engine = StableDiffusion(
+            **{name: str(found[0]) for name, found in files.items()},
+            wtype="q8_0",
+            diffusion_flash_attn=True,
+            n_threads=usable_cores(),
+            verbose=False,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"stable-diffusion.cpp cannot load it ({error}). It takes FLUX.2's published autoencoder, heads of 128 channels and "
+            "a vocabulary of at least 151669, and says what else is wrong with verbose=True."
+        ) from error
 
     def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
         work = {"width": subject.width, "height": subject.height, "sample_steps": steps or subject.steps}
