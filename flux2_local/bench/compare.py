@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..files import reason
 
 TIME, MEMORY, QUALITY = 0.03, 0.05, 0.1
 """Smallest changes that are reported: shares of the old value, and dB."""
@@ -73,7 +74,7 @@ def read(path: Path) -> dict[str, Any]:
             raise KeyError("seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
-            f"{path} cannot be read as a result of `flux2-local bench`: {error}. Name the JSON file that it wrote."
+            f"{path} cannot be read as a result of `flux2-local bench`: {reason(error)}. Name the JSON file that it wrote."
         ) from None
     done = {row["size"]: record.get("rounds") for row in rows}  # runs that were not stopped, before it was kept
     return {"rounds_done": done, **record}

@@ -82,9 +82,9 @@ def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:
 
 def processor() -> str:
     """The processor's name and how many of its cores this process may use."""
-    from ..hardware import usable_cores
+    from ..hardware import show_cores
 
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {usable_cores()} cores"
+    return f"{name}, {show_cores()}"

@@ -125,7 +125,11 @@ def batch(
     ] = None,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", help="FIELD=VALUE,VALUE,… makes every line with each; several make all combinations."),
+        typer.Option(
+            "--grid",
+            metavar="FIELD=VALUE,…",
+            help="Make every line with each of the values; several --grid make all combinations.",
+        ),
     ] = None,
     job_seed: Annotated[int, typer.Option("--job-seed", help="Where the seeds of lines without one come from.")] = 0,
     layout: Annotated[

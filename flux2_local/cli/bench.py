@@ -30,7 +30,7 @@ def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="A name, a hub id or a folder.")] = "tiny",
     size: Annotated[
         list[str] | None,
-        typer.Option("--size", "-s", help="WIDTHxHEIGHT; may be repeated (default 512x512 and 1024x768)."),
+        typer.Option("--size", "-s", metavar="WIDTHxHEIGHT", help="May be repeated (default 512x512 and 1024x768)."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=4, max=50, help="Of the standard variant (default: the model's own).")
@@ -40,6 +40,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--only",
+            metavar="NAME",
             help="A contender by name, and the two that others are held against; may be repeated (a wrong name lists them).",
         ),
     ] = None,
