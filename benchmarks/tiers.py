@@ -146,7 +146,7 @@ class Bench:
 
     def tier(self, name: Acceleration) -> Contender:
         """Ours, as this machine's plan says; the weights stay on the device whatever it says of their place."""
-        settings = make_settings("standard", name, None, self.dtype, None)
+        settings = make_settings("standard", name, dtype=self.dtype)
         _, plan = choose(self.checkpoint.folder, settings, self.hardware, self.work)
         arch, device, preset = load.architecture(self.checkpoint), self.device, self.checkpoint.preset
         with meta():

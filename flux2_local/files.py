@@ -29,9 +29,11 @@ def check_folder(folder: Path, need: int, option: str = "-o") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{folder} is no folder: a file has that name. Name another one with {option}.") from error
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"Pictures cannot be written to {folder}: {reason(error)}. Name another one with {option}."
+            f"Nothing can be written to {folder}: {reason(error)}. Name another one with {option}."
         ) from error
     check_room(folder, need, option)
 

@@ -199,7 +199,10 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
     """
     known = devices()
     if name not in known:
-        raise PlanError(f"{name!r} is neither a device of this machine nor a known one. Known: {', '.join(known)}.")
+        raise PlanError(
+            f"{name!r} is no device: this machine's are named cpu, cuda, cuda:1 and mps; a plan alone also knows "
+            f"{', '.join(known)}."
+        )
     row = known[name]
     modern = row.kind == "cuda" and (row.sm or 0) >= 80
     fast = ("float32",) if row.kind == "cpu" else ("bfloat16", "float16") if modern else ("float16",)
@@ -245,10 +248,16 @@ def cpu_name() -> str:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
             for row in f:
                 if row.startswith("model name"):
-                    return f"{row.partition(':')[2].strip()}, {usable_cores()} cores"
+                    return f"{row.partition(':')[2].strip()}, {show_cores()}"
     except OSError:
         pass
-    return f"{platform.processor() or platform.machine()}, {usable_cores()} cores"
+    return f"{platform.processor() or platform.machine()}, {show_cores()}"
+
+
+def show_cores() -> str:
+    """The processor cores that this process may use, in words."""
+    cores = usable_cores()
+    return f"{cores} core{'s' if cores != 1 else ''}"
 
 
 def host_memory() -> tuple[int, int]:

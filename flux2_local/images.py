@@ -91,7 +91,9 @@ def open_picture(path: Path) -> Image.Image:
     except (OSError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"The picture {path} cannot be read: {reason(error)}.") from error
+        raise RequestError(
+            f"The picture {path} cannot be read: {reason(error)}. Give the path of one that is there."
+        ) from error
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -105,7 +107,9 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise RequestError(f"{name} is not a picture of a kind that is known; use PNG, JPEG or WebP.") from error
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise RequestError(
             f"{name} is not a picture that can be read ({reason(error)}); use PNG, JPEG or WebP."
         ) from error

@@ -53,7 +53,10 @@ def read(path: Path) -> dict[str, Update]:
         name = stem.removeprefix(PREFIX)
         updates[name] = Update(state[key], up, alphas.get(name, alphas.get("", rank)) / rank)
     if not updates:
-        raise WeightsDamagedError(f"{path.name} holds no LoRA for the FLUX.2 transformer that can be read.")
+        raise WeightsDamagedError(
+            f"{path.name} holds no LoRA for the FLUX.2 transformer that can be read. Give "
+            "one that was made for FLUX.2, in the layout of diffusers, ai-toolkit, Black Forest Labs or Kohya."
+        )
     return updates
 
 

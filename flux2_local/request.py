@@ -6,6 +6,7 @@ Sources: ``spec`` of fal-ai/flux-2 (fields, defaults, ranges) and its size prese
 from __future__ import annotations
 
 import hashlib
+import re
 import reprlib
 import secrets
 from typing import Any, Literal
@@ -42,6 +43,7 @@ RANDOM_SEEDS = 2**53
 MAX_REFERENCES = 10
 """FLUX.2 accepts up to ten reference pictures (model card of FLUX.2 [dev])."""
 
+EMPTY = "the prompt is empty; describe the picture in a few words"
 STANDARD_ONLY = ("num_inference_steps", "acceleration")
 """Fields that the turbo and flash variants fix themselves."""
 
@@ -92,7 +94,7 @@ class Request(BaseModel):
     @classmethod
     def _prompt_says_something(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("the prompt is empty; describe the picture in a few words")
+            raise ValueError(EMPTY)
         return value
 
     @property
@@ -135,7 +137,7 @@ def make_request(variant: Variant, fields: dict[str, Any]) -> Request:
         if fixed:
             raise RequestError(
                 f"{' and '.join(fixed)} cannot be set on the {variant} variant, which fixes its own steps and "
-                f"acceleration. Leave it out, or use variant='standard'.",
+                f"acceleration. Leave it out, or use the standard variant.",
                 [{"loc": [name], "msg": f"not available on {variant}", "type": "extra_forbidden"} for name in fixed],
             )
     if isinstance(given.get("images"), (str, bytes)) or hasattr(given.get("images"), "size"):
@@ -161,14 +163,24 @@ def explain(details: list[dict[str, Any]], fields: dict[str, Any]) -> str:
 
 def _explain_field(field: str, e: dict[str, Any], given: str) -> str:
     if field == "image_size":
+        if size := re.fullmatch(r"{'height': (\d+), 'width': (\d+)}", given):
+            given = f"{size[2]}x{size[1]}"
         names = ", ".join(SIZES)
         return (
             f"image_size must be one of {names}, or a width and height from {MIN_SIDE} to {MAX_SIDE} pixels; "
-            f"{given} is not."
+            f"{given} is neither."
         )
     if e["type"] == "extra_forbidden":
         known = ", ".join(Request.model_fields)
         return f"{field} is not a field of the request; the fields are {known}."
+    if e["type"] == "string_too_short":
+        return EMPTY + "."
+    if e["type"] == "literal_error":
+        return f"{field} must be {e['ctx']['expected']}; {given} was given."
+    if e["type"] in ("greater_than_equal", "less_than_equal"):
+        allowed = [getattr(rule, name) for name in ("ge", "le") for rule in Request.model_fields[field].metadata
+                   if hasattr(rule, name)]  # fmt: skip
+        return f"{field} must be from {allowed[0]} to {allowed[1]}; {given} was given."
     if e["type"] == "missing":
         return f"{field} is missing; it is the only field that has no default."
     if e["type"] == "value_error":

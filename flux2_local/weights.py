@@ -82,6 +82,8 @@ def header(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
+            if size < 8:
+                raise ValueError(f"it has {size} bytes")
             (length,) = struct.unpack("<Q", f.read(8))
             if not 2 <= length <= min(size - 8, 100 * 2**20):
                 raise ValueError("its header length makes no sense")

@@ -1,6 +1,7 @@
 """Step-cache thresholds for a model: how fast and how faithful each policy is, against computing every step.
 
     python -m scripts.calibrate_cache --model tiny --pictures 8
+    python -m scripts.calibrate_cache --steps 8           # what the same policies cost where there are few steps to skip
 
 Prints a row per policy: steps computed, seconds of denoising as a ratio to none skipped, PSNR of the pictures against none
 skipped (mean and worst). The row to put into ``configs/tiers.toml`` is the fastest whose mean PSNR is above ``--bound``.
@@ -27,11 +28,16 @@ LIMITS = (1, 2, 3, 4)
 WARMUPS = (3, 4, 5)
 
 
-def measure(flux: Flux2, policy: CachePolicy | None, count: int, size: str) -> tuple[list[np.ndarray], float]:
+def measure(
+    flux: Flux2, policy: CachePolicy | None, count: int, size: str, steps: int | None
+) -> tuple[list[np.ndarray], float]:
     """Pictures of the first ``count`` prompts, and the median seconds of denoising one."""
     pictures, seconds = [], []
     for seed in range(count):
-        request = Request(prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, enable_safety_checker=False)
+        request = Request(
+            prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, image_size=size, num_inference_steps=steps,
+            enable_safety_checker=False,
+        )  # fmt: skip
         run = Run(flux, replace(flux.plan, cache=policy), request, [], Reporter(None, None))
         (result,) = flux._work([run])
         pictures.append(np.asarray(result.images[0].image))
@@ -44,15 +50,18 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--size", default="square")
+    parser.add_argument(
+        "--steps", type=int, choices=range(4, 51), metavar="4..50", help="default: the model's own number"
+    )
     parser.add_argument("--bound", type=float, default=30.0, help="PSNR in dB that a policy must keep (default 30)")
     args = parser.parse_args()
     flux = Flux2.load(args.model, acceleration="high")
-    want, base = measure(flux, None, args.pictures, args.size)
+    want, base = measure(flux, None, args.pictures, args.size, args.steps)
     print("threshold warmup limit  time ratio  PSNR mean  worst", flush=True)
     best: tuple[float, CachePolicy] | None = None
     for threshold, warmup, limit in itertools.product(THRESHOLDS, WARMUPS, LIMITS):
         policy = CachePolicy(threshold, warmup, tail=1, limit=limit)
-        got, seconds = measure(flux, policy, args.pictures, args.size)
+        got, seconds = measure(flux, policy, args.pictures, args.size, args.steps)
         figures = [psnr(a, b) for a, b in zip(got, want, strict=True)]
         mean, ratio = statistics.mean(figures), seconds / base
         print(f"{threshold:9g} {warmup:6} {limit:5} {ratio:11.2f} {mean:10.1f} {min(figures):6.1f}", flush=True)

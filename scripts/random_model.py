@@ -57,6 +57,8 @@ AROUND = {
     "context_embedder": "txt_in",
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
@@ -81,8 +83,10 @@ def drawn(network: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def as_published(weights: dict[str, Tensor], doubles: int, singles: int) -> Iterator[tuple[str, Tensor]]:
-    """The transformer's weights under the names of the makers' own file."""
+    """The transformer's weights under the names of the makers' own file; klein has no guidance embedder."""
     for old, new in AROUND.items():
+        if "guidance_embedder" in old and f"{old}.weight" not in weights:
+            continue
         value = weights[f"{old}.weight"]
         # The makers' file has the shift first, the hub's layout the scale.
         yield f"{new}.weight", torch.cat(value.chunk(2)[::-1]) if old == "norm_out.linear" else value

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flux2_local.bench import compare, contenders, metrics, peers, report, results, runner
 from flux2_local.bench.contenders import CONTENDERS
+from flux2_local.bench.runner import Rules
 from flux2_local.bench.subject import PROMPTS, Subject
 from flux2_local.cli import app
 from flux2_local.errors import BudgetError, RequestError
@@ -20,17 +21,20 @@ from flux2_local.errors import BudgetError, RequestError
 SUBJECT = Subject("tiny", "cpu", 512, 512, 4)
 
 
+def run(contenders, subject=SUBJECT, rules=Rules(1), say=print):  # noqa: B008 - frozen
+    *_, outcome = runner.run(contenders, subject, PROMPTS, rules, say)
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def outcome():
-    names = ["standard, none", "flash", "diffusers, model offload"]
-    said = []
-    return runner.run([CONTENDERS[n] for n in names], SUBJECT, PROMPTS, 1, False, said.append)
+    return run([CONTENDERS[n] for n in ("standard, none", "flash", "diffusers, model offload")])
 
 
 @pytest.mark.slow
 def test_the_exact_tier_has_the_stock_pipelines_pixels():
     chosen = contenders.select(["diffusers"])
-    rows = results.rows(runner.run(chosen, SUBJECT, PROMPTS, 1, True, print), SUBJECT, {"float32": 1e11})
+    rows = results.rows(run(chosen, rules=Rules(1, apart=True)), SUBJECT, {"float32": 1e11})
     quality = {row.name: row.psnr for row in rows}
     assert quality["standard, none"] == metrics.SAME and quality["diffusers"] > 70
 
@@ -53,7 +57,7 @@ def test_what_cannot_run_says_why(outcome):
 def test_a_contender_that_fails_is_a_result_and_the_others_go_on():
     missing = replace(SUBJECT, model="/nowhere/model")
     said = []
-    outcome = runner.run([CONTENDERS["flash"]], missing, PROMPTS, 1, False, said.append)
+    outcome = run([CONTENDERS["flash"]], missing, say=said.append)
     assert not outcome.samples and "/nowhere/model" in outcome.refused["flash"] and said[0].startswith("flash: ")
     assert results.rows(outcome, missing, {}) == []
 
@@ -66,7 +70,7 @@ def test_what_the_host_cannot_hold_is_not_tried(monkeypatch):
 
 
 def test_without_the_stock_pipeline_its_16_bit_form_is_the_base(outcome):
-    taken = dict(outcome.samples)
+    taken = outcome.samples
     both = {"flash": taken["flash"], contenders.IN_16_BIT: taken["standard, none"]}
     rows = results.rows(replace(outcome, samples=both), SUBJECT, {"float32": 1e11, "bfloat16": 1e11})
     assert [row.ratio == 1 for row in rows] == [False, True] and rows[1].psnr == metrics.SAME

@@ -110,6 +110,8 @@ def test_edit_takes_references(tmp_path, dev_folder):
         (["x", "--model", "model.ckpt"], 3, "pickle"),
         (["x", "--device", "cuda:9"], 4, "CUDA"),
         (["x", "-o", "x.gif"], 6, r".gif"),
+        (["x", "-o", "x.png", "--format", "jpeg"], 2, "say different things"),
+        (["plan", "--ram", "lots"], 2, "--ram: 'lots' is not an amount of memory"),
         (["show", "nowhere.png"], 2, "cannot be read"),
         (["--from", "nowhere.png"], 2, "cannot be read"),
         (["download", "tiny"], 3, "bundled"),
@@ -127,7 +129,12 @@ def test_mistakes_end_in_one_line_and_a_code(tmp_path, arguments, code, words):
 def test_a_target_that_cannot_be_written_is_refused_before_loading(tmp_path, dev_folder):
     (tmp_path / "file").write_text("x")
     done = call("x", "-m", dev_folder, "-o", tmp_path / "file" / "x.png", *FAST)
-    assert done.returncode == 6 and "loading" not in done.stderr
+    assert done.returncode == 6 and "is no folder" in done.stderr and "loading" not in done.stderr
+
+
+def test_a_reference_that_is_not_there_is_refused_before_loading(tmp_path, dev_folder):
+    done = call("edit", "x", "--image", "nowhere.png", "-m", dev_folder, *FAST, cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere.png cannot be read" in done.stderr and "loading" not in done.stderr
 
 
 def test_every_error_has_an_exit_code(capsys):

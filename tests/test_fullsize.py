@@ -27,7 +27,7 @@ def test_devs_folder_is_dev_without_its_large_weights(tmp_path):
     assert arch.transformer.num_single_layers == families()["dev"]["transformer"]["num_single_layers"]
     assert arch.language.hidden_size == families()["dev"]["text_encoder"]["hidden_size"]
     hardware = from_preset("rtx-4090", 64 * 2**30)
-    _, plan = choose(folder, make_settings("standard", "high", "12GiB", None, None), hardware, Work())
+    _, plan = choose(folder, make_settings("standard", "high", vram="12GiB"), hardware, Work())
     assert plan.peak_bytes < 12 * 2**30 and plan.transformer.placement == "streamed"
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 2**28
 

@@ -44,7 +44,7 @@ def test_png_is_lossless():
     ("make", "words"),
     [
         (lambda p: None, "cannot be read"),
-        (lambda p: p.write_text("hello"), "not a picture"),
+        (lambda p: p.write_text("hello"), "not a picture of a kind that is known; use PNG"),
         (lambda p: picture().save(p, "PNG"), "no flux2-local settings"),
         (lambda p: p.write_bytes(images.encode(picture(), "png", {})[:-400]), "not a picture"),
         (lambda p: p.mkdir(), "cannot be read"),
@@ -166,13 +166,13 @@ def test_kept_never_overwrites_and_gives_a_file_url(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="Nothing can be written to"):
         files.check_folder(tmp_path / "x", 1)
 
 
 def test_a_target_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is no folder: a file has that name"):
         files.check_folder(tmp_path / "file" / "below", 1)
     with pytest.raises(OutputError, match="are needed"):
         files.check_folder(tmp_path, 2**60)

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from components import TRANSFORMER
 from safetensors.torch import load_file, save_file
 
 from flux2_local import (
@@ -20,6 +21,7 @@ from flux2_local import (
     weights,
 )
 from flux2_local.presets import models
+from scripts.random_model import as_published
 
 FIELDS = {"image_size": "square", "num_inference_steps": 4, "seed": 3, "enable_safety_checker": False}
 
@@ -39,50 +41,10 @@ def reference(dev_folder):
 
 
 def bfl_names(state):
-    """The transformer's tensors under Black Forest Labs' own names: the inverse of what diffusers' converter does."""
-    ends = {
-        "x_embedder": "img_in",
-        "context_embedder": "txt_in",
-        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-        "single_stream_modulation.linear": "single_stream_modulation.lin",
-        "proj_out": "final_layer.linear",
+    """The transformer's tensors under Black Forest Labs' own names."""
+    return {
+        k: v.contiguous() for k, v in as_published(state, TRANSFORMER["num_layers"], TRANSFORMER["num_single_layers"])
     }
-    out = {new + ".weight": state[old + ".weight"] for old, new in ends.items()}
-    scale, shift = state["norm_out.linear.weight"].chunk(2)
-    out["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
-    double = {
-        "attn.norm_q": "img_attn.norm.query_norm.scale",
-        "attn.norm_k": "img_attn.norm.key_norm.scale",
-        "attn.to_out.0": "img_attn.proj.weight",
-        "ff.linear_in": "img_mlp.0.weight",
-        "ff.linear_out": "img_mlp.2.weight",
-        "attn.norm_added_q": "txt_attn.norm.query_norm.scale",
-        "attn.norm_added_k": "txt_attn.norm.key_norm.scale",
-        "attn.to_add_out": "txt_attn.proj.weight",
-        "ff_context.linear_in": "txt_mlp.0.weight",
-        "ff_context.linear_out": "txt_mlp.2.weight",
-    }
-    single = {
-        "attn.to_qkv_mlp_proj": "linear1.weight",
-        "attn.to_out": "linear2.weight",
-        "attn.norm_q": "norm.query_norm.scale",
-        "attn.norm_k": "norm.key_norm.scale",
-    }
-    for i in range(2):
-        old = f"transformer_blocks.{i}."
-        out |= {f"double_blocks.{i}.{new}": state[f"{old}{name}.weight"] for name, new in double.items()}
-        for new, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
-            fused = torch.cat([state[f"{old}attn.{name}.weight"] for name in names])
-            out[f"double_blocks.{i}.{new}_attn.qkv.weight"] = fused
-    for i in range(3):
-        old = f"single_transformer_blocks.{i}."
-        out |= {f"single_blocks.{i}.{new}": state[f"{old}{name}.weight"] for name, new in single.items()}
-    return {k: v.contiguous() for k, v in out.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The README keeps its word: every file is in its map, and every command it shows exists."""
 
 import importlib
+import json
 import re
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from flux2_local.cli import app
 
@@ -75,6 +77,21 @@ def test_tracked_files_stay_small():
 def test_the_table_of_cards_is_what_the_planner_predicts():
     written = README.split("<!-- cards -->\n")[1].split("<!-- /cards -->\n")[0]
     assert written == runpy.run_path(str(ROOT / "scripts" / "card_table.py"))["table"]()
+
+
+def test_the_table_of_a_million_pictures_is_what_the_planner_predicts(tmp_path):
+    command, table = README.split("echo ", 1)[1].split("```", 1)
+    rows = re.findall(r"^ *\| `([\w-]+)` \| ([\d ]+) \| ([\d.]+) days \|", table.split("\n\n")[1], re.M)
+    prompt, options = re.match(r'"(.+)" \| flux2-local (.+?) --device', command).groups()
+    assert len(rows) == 4
+    for device, hourly, days in rows:
+        arguments = [*options.split(), "-o", str(tmp_path), "--device", device, "--json"]
+        told = json.loads(CliRunner().invoke(app, arguments, input=prompt).stdout)
+        assert (f"{told['pictures_per_hour']:,.0f}".replace(",", " "), f"{told['seconds'] / 86400:.1f}") == (
+            hourly,
+            days,
+        )
+        assert f"{told['bytes'] / 2**40:.1f} TiB" in README
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,13 @@ def test_adherence_stands_beside_the_other_figures():
     pictures = {
         name: [np.full((8, 8, 3), value, np.uint8)] for value, name in enumerate(("standard, none", "flash"), 1)
     }
-    samples = {name: runner.Samples({}, 1.0, 1.0, pictures=drawn) for name, drawn in pictures.items()}
+    samples = {
+        name: runner.Samples({}, 1.0, drawn=[runner.Drawn(one, 1.0) for one in drawn])
+        for name, drawn in pictures.items()
+    }
     judged = Judged(PROMPTS, lambda drawn: (int(drawn[0].max()), 4), lambda *_: (4, 4))
     rows = [made_up(name, "ours", 1.0, 40.0) for name in samples]
-    rows = results.with_adherence(rows, runner.Outcome(samples, {}), judged)
+    rows = results.with_adherence(rows, runner.Outcome(samples), judged)
     assert [(row.adherence, row.asked) for row in rows] == [(25.0, 4), (50.0, 4)]
     assert "| 50 % of 4 |" in results.table(rows)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUITES = {"test_ops", "test_block", "test_step", "test_stages", "test_end_to_end", "test_cold_start"}
+SUITES = {"test_ops", "test_attention", "test_block", "test_step", "test_stages", "test_end_to_end", "test_cold_start"}
 
 
 def run_suites(*arguments):

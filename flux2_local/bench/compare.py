@@ -4,7 +4,7 @@ A time has changed beyond noise where the two runs' samples do not overlap at al
 unchanged code once in 126 times) and the medians are more than 3 % apart. The ratio to diffusers within the same round is held
 to the same rule, and is what counts where the machine itself was slower. Memory has changed from 5 % on, PSNR from 0.1 dB on:
 the same seeds give the same pictures. Adherence is a share of so and so many things, and has changed where the two shares are
-more than two standard errors of their difference apart.
+more than two standard errors of their difference apart. One that was stopped at a limit took more than its seconds say.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..files import reason
 
 TIME, MEMORY, QUALITY = 0.03, 0.05, 0.1
 """Smallest changes that are reported: shares of the old value, and dB."""
 
-SAME_MACHINE = ("device", "card", "torch", "diffusers", "model", "steps", "rounds", "prompts")
+SAME_MACHINE = ("device", "card", "torch", "diffusers", "model", "steps", "rounds", "rounds_done", "prompts")
 """What two results should agree in to be comparable."""
 
 
@@ -73,9 +74,10 @@ def read(path: Path) -> dict[str, Any]:
             raise KeyError("seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
-            f"{path} cannot be read as a result of `flux2-local bench`: {error}. Name the JSON file that it wrote."
+            f"{path} cannot be read as a result of `flux2-local bench`: {reason(error)}. Name the JSON file that it wrote."
         ) from None
-    return dict(record)
+    done = {row["size"]: record.get("rounds") for row in rows}  # runs that were not stopped, before it was kept
+    return {"rounds_done": done, **record}
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
@@ -105,7 +107,7 @@ def changes_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
         if old.get(figure) and new.get(figure):
             share = new[figure] / old[figure] - 1
             yield change(figure, "" if abs(share) < MEMORY else "worse" if share > 0 else "better")
-    if "psnr" in old and "psnr" in new:
+    if old.get("psnr") is not None and new.get("psnr") is not None:
         gain = new["psnr"] - old["psnr"]
         yield change("psnr", "" if abs(gain) < QUALITY else "better" if gain > 0 else "worse")
     if old.get("asked") and new.get("asked"):
@@ -137,4 +139,5 @@ def time_verdict(
     above, below = min(after) > max(before), max(after) < min(before)
     if not (above or below) or abs(new[figure] / old[figure] - 1) < TIME:
         return ""
-    return "better" if above == more_is_better else "worse"
+    verdict, bound = ("better", new) if above == more_is_better else ("worse", old)
+    return "" if bound.get("limit") else verdict

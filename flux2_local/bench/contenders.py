@@ -54,6 +54,7 @@ def ours(subject: Subject, variant: str, acceleration: str, **wishes: Any) -> Lo
         wishes: further arguments of :meth:`Flux2.load`.
     """
     from ..pipeline import Flux2
+    from ..progress import Reporter
 
     flux = Flux2.load(subject.model, variant, acceleration=acceleration, device=subject.device, **wishes)  # type: ignore[arg-type]
     size = {"width": subject.width, "height": subject.height}
@@ -61,15 +62,19 @@ def ours(subject: Subject, variant: str, acceleration: str, **wishes: Any) -> Lo
     if variant == "standard":
         fields["num_inference_steps"] = subject.steps
 
-    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
-        result = flux.generate(prompt, seed=seed, **fields)
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+        run = flux._run({"prompt": prompt, "seed": seed, **fields}, Reporter())
+        if steps is not None:  # fewer than a request may ask for
+            run.request = run.request.model_copy(update={"num_inference_steps": steps})
+        (result,) = flux._work([run])
         stages = {k: v for k, v in result.timings.to_dict().items() if v and k not in ("inference", "total")}
         return np.asarray(result.images[0].image), stages
 
     plan = flux.plan
     steps = fields.get("num_inference_steps") or flux.checkpoint.preset.recipe(flux.settings.variant).steps
     choices = {choice.what: choice.value for choice in plan.choices}
-    return Loaded(draw, {"dtype": plan.dtype, "steps": steps, "plan": choices})
+    facts = {"dtype": plan.dtype, "steps": steps, "compiles": plan.compile != "off", "plan": choices}
+    return Loaded(draw, facts)
 
 
 def in_another_dtype(subject: Subject) -> Loaded:

@@ -65,21 +65,26 @@ def card(device: str) -> Iterator[tuple[str, Any]]:
     yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
+def place(figures: dict[str, Any], kind: str) -> Path:
+    """``KIND-DATE.json`` in :data:`RESULTS`."""
+    return RESULTS / f"{kind}-{figures['date'][:10]}.json"
+
+
 def keep(figures: dict[str, Any], kind: str, path: Path | None) -> Path:
-    """Write a record with its figures as JSON to ``path``, or to ``KIND-DATE.json`` in :data:`RESULTS`; returns the path.
+    """Write a record with its figures as JSON to ``path``, or to its :func:`place`; returns the path.
 
     Raises:
         OutputError: it could not be written.
     """
-    path = path or RESULTS / f"{kind}-{figures['date'][:10]}.json"
+    path = path or place(figures, kind)
     return files.write(path, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 def processor() -> str:
     """The processor's name and how many of its cores this process may use."""
-    from ..hardware import usable_cores
+    from ..hardware import show_cores
 
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {usable_cores()} cores"
+    return f"{name}, {show_cores()}"

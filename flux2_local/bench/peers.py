@@ -40,12 +40,12 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
     pipe.set_progress_bar_config(disable=True)
     (change or plain)(pipe, subject)
 
-    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
         picture = pipe(
             prompt=prompt,
             width=subject.width,
             height=subject.height,
-            num_inference_steps=subject.steps,
+            num_inference_steps=steps or subject.steps,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(seed),
             max_sequence_length=preset.text_tokens,
@@ -53,7 +53,8 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
         ).images[0]
         return np.asarray(picture), {}
 
-    return Loaded(draw, {"dtype": dtype, "steps": subject.steps})
+    compiles = any(module._compiled_call_impl is not None for module in pipe.transformer.modules())
+    return Loaded(draw, {"dtype": dtype, "steps": subject.steps, "compiles": compiles})
 
 
 def from_disk(subject: Subject, dtype: torch.dtype) -> tuple[Any, ModelPreset]:
@@ -141,8 +142,8 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
     """stable-diffusion.cpp with its 8-bit weights (q8_0, made while loading) and the flags that its page on FLUX.2 names.
 
     Raises:
-        ModelError: the checkpoint lacks a file that it reads: the transformer in Black Forest Labs' naming, or the text encoder
-            in one piece.
+        ModelError: the checkpoint lacks a file that it reads (the transformer in Black Forest Labs' naming, or the text encoder
+            in one piece), or it does not know the shapes.
     """
     from stable_diffusion_cpp import StableDiffusion
 
@@ -154,17 +155,23 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
             raise ModelError(
                 f"stable-diffusion.cpp reads one .safetensors file in {parts[name]}, and there are {len(found)}."
             )
-    engine = StableDiffusion(
-        **{name: str(found[0]) for name, found in files.items()},
-        wtype="q8_0",
-        diffusion_flash_attn=True,
-        n_threads=usable_cores(),
-        verbose=False,
-    )
+    try:
+        engine = StableDiffusion(
+            **{name: str(found[0]) for name, found in files.items()},
+            wtype="q8_0",
+            diffusion_flash_attn=True,
+            n_threads=usable_cores(),
+            verbose=False,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"stable-diffusion.cpp cannot load it ({error}). It takes FLUX.2's published autoencoder, heads of 128 channels and "
+            "a vocabulary of at least 151669, and says what else is wrong with verbose=True."
+        ) from error
 
-    def draw(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
-        size = {"width": subject.width, "height": subject.height}
-        (picture,) = engine.generate_image(prompt, **size, sample_steps=subject.steps, cfg_scale=1.0, seed=seed)
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+        work = {"width": subject.width, "height": subject.height, "sample_steps": steps or subject.steps}
+        (picture,) = engine.generate_image(prompt, **work, cfg_scale=1.0, seed=seed)
         return np.asarray(picture.convert("RGB")), {}
 
-    return Loaded(draw, {"dtype": "float32", "steps": subject.steps})
+    return Loaded(draw, {"dtype": "float32", "steps": subject.steps, "compiles": False})

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BackendUnavailableError, RequestError
 from ..files import replacing, write
 from .metrics import SAME
-from .results import Row, adherence, table
+from .results import Row, adherence, figure, ratio, seconds, table
 
 EQUAL = 60.0
 """Decibels at which equal pictures are drawn, whose PSNR has no bound."""
@@ -49,23 +49,32 @@ def ratios(record: dict[str, Any], source: str) -> str:
     Raises:
         RequestError: the record was kept by an earlier version.
     """
-    rows, rounds = read_rows(record), record["rounds"]
+    rows = read_rows(record)
     lines = [
         f"Measured, not predicted: `{record['model']}`, {record.get('card') or record['device']}, "
-        f"{'one round' if rounds == 1 else f'medians of {rounds} rounds'} ([{record['date'][:10]}]({source})).",
+        f"{rounds(record)} ([{record['date'][:10]}]({source})).",
         "",
         f"| {' | '.join(('size', 'contender', 'steps', 'seconds', '× diffusers', 'PSNR to none, dB', 'adherence'))} |",
         "| --- " * 7 + "|",
     ]
     for row in rows:
-        near = "equal" if row.psnr == SAME else f"{row.psnr:.1f}"
+        near = "equal" if row.psnr == SAME else figure(row.psnr, ".1f")
         lines.append(
-            f"| {row.size} | {row.name} | {row.steps} | {row.seconds:.2f} | {row.ratio:.2f} | {near} | {adherence(row)} |"
+            f"| {row.size} | {row.name} | {row.steps} | {seconds(row)} | {ratio(row)} | {near} | {adherence(row)} |"
         )
     if drawings := record.get("adherence_of_drawings"):
         ceilings = ", ".join(f"{share} at {size}" for size, share in drawings.items())
         lines += ["", f"The judge finds {ceilings} in drawings that show everything."]
     return "\n".join(lines) + "\n"
+
+
+def rounds(record: dict[str, Any]) -> str:
+    """What the figures are medians of; a run that was stopped has fewer rounds than were wanted."""
+    wanted = record["rounds"]
+    done = min(record.get("rounds_done", {}).values(), default=wanted)
+    if done < wanted:
+        return f"stopped after {done} of {wanted} rounds"
+    return "one round" if wanted == 1 else f"medians of {wanted} rounds"
 
 
 def put(text: str, page: Path) -> Path:
@@ -107,7 +116,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
     for size, path in zip(sizes, plots, strict=True):
         plot([row for row in rows if row.size == size], path)
     lines = [
-        f"# {record['model']}, {record['steps']} steps, medians of {record['rounds']}",
+        f"# {record['model']}, {record['steps']} steps, {rounds(record)}",
         "",
         *environment(record),
         "",
@@ -115,23 +124,29 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
     lines += [f"![Seconds against PSNR at {size}]({path.name})" for size, path in zip(sizes, plots, strict=True)]
     lines += ["", table(rows), "", *(f"- **{name}**: {note}" for name, note in {r.name: r.note for r in rows}.items())]
     refused = [f"- {name} at {size}: {why}" for size, whys in record["refused"].items() for name, why in whys.items()]
-    lines += ["", "Not run:", "", *refused] if refused else []
+    lines += ["", "Not run, or not to the end:", "", *refused] if refused else []
     return [write(page, ("\n".join(lines) + "\n").encode()), *plots]
 
 
 def environment(record: dict[str, Any]) -> list[str]:
     """Where the figures come from, a line each."""
-    figures = {"rows", "refused", "model", "steps", "rounds", "prompts"}
+    figures = {"rows", "refused", "model", "steps", "rounds", "rounds_done", "prompts"}
     return [f"- {name}: {value}" for name, value in record.items() if name not in figures]
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
     """Those that nothing beats in both seconds and PSNR, the quickest first."""
     best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.seconds, -row.psnr)):
-        if not best or row.psnr > best[-1].psnr:
+    for row in sorted(rows, key=lambda row: (row.seconds, -height(row))):
+        if not best or height(row) > height(best[-1]):
             best.append(row)
     return best
+
+
+def height(row: Row) -> float:
+    """Where a row with pictures is drawn, dB."""
+    assert row.psnr is not None
+    return min(row.psnr, EQUAL)
 
 
 CLOSE = 1.5
@@ -141,7 +156,7 @@ CLOSE = 1.5
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
 
-    :data:`OTHER_PICTURES` are marks on the time axis.
+    :data:`OTHER_PICTURES` are marks on the time axis, and so are those that took more than the limit, with what it was.
     """
     try:
         from matplotlib.figure import Figure
@@ -151,26 +166,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    same = [row for row in rows if row.name not in OTHER_PICTURES]
-    height = {id(row): min(row.psnr, EQUAL) for row in rows}
+    same = [row for row in rows if row.name not in OTHER_PICTURES and row.psnr is not None and not row.more_than]
     for group, colour in COLOURS.items():
         mine = [row for row in same if row.group == group]
         if mine:
             axes.scatter(
-                [r.seconds for r in mine], [height[id(r)] for r in mine], color=colour, label=LEGEND[group], zorder=3
+                [r.seconds for r in mine], [height(r) for r in mine], color=colour, label=LEGEND[group], zorder=3
             )
     named: list[Row] = []
     for row in sorted(same, key=lambda row: row.seconds):
-        near = sum(row.seconds < 1.5 * r.seconds and abs(height[id(row)] - height[id(r)]) < CLOSE for r in named)
+        near = sum(row.seconds < 1.5 * r.seconds and abs(height(row) - height(r)) < CLOSE for r in named)
         place = (6, 4 - 10 * near)  # names of neighbours stand below each other
-        axes.annotate(row.name, (row.seconds, height[id(row)]), xytext=place, textcoords="offset points", fontsize=8)
+        axes.annotate(row.name, (row.seconds, height(row)), xytext=place, textcoords="offset points", fontsize=8)
         named.append(row)
     edge = frontier(same)
-    axes.plot([r.seconds for r in edge], [height[id(r)] for r in edge], color="#9ca3af", linewidth=1, zorder=1)
+    axes.plot([r.seconds for r in edge], [height(r) for r in edge], color="#9ca3af", linewidth=1, zorder=1)
     for row in rows:
         if row not in same:
-            axes.axvline(row.seconds, color=COLOURS["ours"], linewidth=1, linestyle=":")
-            axes.annotate(row.name, (row.seconds, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+            axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":")
+            name = f"{row.name}: more than {row.seconds:g} s" if row.more_than else row.name
+            axes.annotate(name, (row.seconds, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("seconds a picture, median (logarithmic)")
     axes.set_ylabel(f"PSNR against none, dB (equal pictures at {EQUAL:g})")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -12,8 +14,19 @@ from .. import costs, load, store
 from ..costs import Work
 from .contenders import BASE, CONTENDERS, IN_16_BIT, REFERENCE
 from .metrics import gmsd, psnr, ssim
-from .runner import Outcome, Samples
+from .runner import Drawn, Outcome, Samples
 from .subject import Judged, Subject
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Pictures against others; as :class:`Row` has them."""
+
+    psnr: float | None = None
+    ssim: float | None = None
+    gmsd: float | None = None
+    differ: float | None = None
+    differ_more: float | None = None
 
 
 @dataclass(frozen=True)
@@ -24,18 +37,24 @@ class Row:
         size, name, group, note: which, and what it is.
         dtype, steps: of activations, and of denoising.
         seconds: median of whole calls, loading and the first picture left out; ``fastest`` and ``slowest`` of ``samples``.
-        ratio: median over the rounds (``ratios``) of the stock pipeline's seconds to this one's.
+        ratio: median over the rounds (``ratios``) of the stock pipeline's seconds to this one's; None where they share none.
         psnr, ssim, gmsd: means over the pictures against the exact tier's; dB (99 for equal ones), 1 and 0 for equal ones.
-        differ, differ_more: share of values that differ at all, and by more than one, in percent.
+        differ, differ_more: share of values that differ at all, and by more than one, in percent. None, like the three before
+            them, where no picture was finished.
         load_seconds: from the start of the process until it is loaded.
-        first_seconds: of the first picture: it compiles and warms up.
-        host_bytes, device_bytes: peaks: resident memory of its process (mapped weights included), and allocated on a card.
+        first_seconds: of the first picture, of ``first_steps`` steps: it compiles and warms up.
+        host_bytes, device_bytes: peaks: resident memory of its process (mapped weights included), and allocated on a card; 0
+            where it is not known.
         tflop_per_s: of the model's arithmetic, as if no step were skipped and nothing were computed twice.
         share: of the matrix product rate measured in its dtype.
         stages: median seconds per stage, where it tells them.
         plan: what runs, for ours.
         adherence, asked: of the ``asked`` things that the prompts ask for, the share that a judge finds in the pictures, in
             percent; None and 0 where nobody judged.
+        first_steps: None for all of them.
+        limit: the last of ``samples`` where that is no picture's but the seconds at which it was stopped.
+        more_than: the median falls on such a sample: it took more than ``seconds``, and ``ratio``, ``tflop_per_s`` and ``share``
+            are at most what they say.
     """
 
     size: str
@@ -47,12 +66,12 @@ class Row:
     seconds: float
     fastest: float
     slowest: float
-    ratio: float
-    psnr: float
-    ssim: float
-    gmsd: float
-    differ: float
-    differ_more: float
+    ratio: float | None
+    psnr: float | None
+    ssim: float | None
+    gmsd: float | None
+    differ: float | None
+    differ_more: float | None
     load_seconds: float
     first_seconds: float
     host_bytes: int
@@ -65,24 +84,31 @@ class Row:
     plan: dict[str, str] = field(default_factory=dict)
     adherence: float | None = None
     asked: int = 0
+    first_steps: int | None = None
+    limit: float | None = None
+    more_than: bool = False
 
 
-def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Row]:
-    """The figures of every contender that ran.
+def references(outcome: Outcome) -> tuple[str, str] | None:
+    """The contenders that quality and speed are held against; None where no picture was finished.
 
     Where the stock pipeline does not fit, its 16-bit form takes its place, and without the exact tier quality is held against
     them; without those, against the first that ran.
     """
-    samples = outcome.samples
-    if not samples:
-        return []
-    first = next(iter(samples))
+    drew = [name for name, taken in outcome.samples.items() if taken.drawn]
+    if not drew:
+        return None
+    quality, speed = ([n for n in names if n in drew] for names in ((REFERENCE, BASE, IN_16_BIT), (BASE, IN_16_BIT)))
+    return (*quality, drew[0])[0], (*speed, drew[0])[0]
 
-    def one_of(*names: str) -> Samples:
-        return samples[next((name for name in names if name in samples), first)]
 
-    against, base = one_of(REFERENCE, BASE, IN_16_BIT), one_of(BASE, IN_16_BIT)
-    return [row(name, taken, against, base, subject, rates) for name, taken in samples.items()]
+def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Row]:
+    """The figures of every contender that ran, held against :func:`references`."""
+    names = references(outcome)
+    nothing = Samples({}, 0.0)
+    against, base = (nothing, nothing) if names is None else (outcome.samples[name] for name in names)
+    seen = {name: taken for name, taken in outcome.samples.items() if taken.seconds}
+    return [row(name, taken, against, base, subject, rates) for name, taken in seen.items()]
 
 
 def row(
@@ -94,11 +120,12 @@ def row(
     rates: dict[str, float],
 ) -> Row:
     contender, dtype, steps = CONTENDERS[name], taken.facts["dtype"], taken.facts["steps"]
-    pairs = list(zip(against.pictures, taken.pictures, strict=True))
-    apart = np.stack([np.abs(a.astype(int) - b) for a, b in pairs])
-    ratios = [a / b for a, b in zip(base.seconds, taken.seconds, strict=True)]
-    seconds = statistics.median(taken.seconds)
+    samples, finished = taken.seconds, [one.seconds for one in taken.drawn]
+    near = mean([quality(a, b) for a, b in zip(against.drawn, taken.drawn, strict=False)])
+    ratios = [stock.seconds / own for stock, own in zip(base.drawn, samples, strict=False)]
+    seconds = statistics.median(samples)
     rate = flops(subject, steps) / seconds
+    stages = taken.drawn[0].stages if taken.drawn else {}
     return Row(
         size=subject.size,
         name=name,
@@ -107,31 +134,47 @@ def row(
         dtype=dtype,
         steps=steps,
         seconds=seconds,
-        fastest=min(taken.seconds),
-        slowest=max(taken.seconds),
-        ratio=statistics.median(ratios),
-        psnr=mean_of(psnr, pairs),
-        ssim=mean_of(ssim, pairs),
-        gmsd=mean_of(gmsd, pairs),
-        differ=100 * float((apart > 0).mean()),
-        differ_more=100 * float((apart > 1).mean()),
+        fastest=min(samples),
+        slowest=max(samples),
+        ratio=statistics.median(ratios) if ratios else None,
+        psnr=near.psnr,
+        ssim=near.ssim,
+        gmsd=near.gmsd,
+        differ=near.differ,
+        differ_more=near.differ_more,
         load_seconds=taken.load_seconds,
         first_seconds=taken.first_seconds,
-        host_bytes=taken.memory["host"],
+        host_bytes=taken.memory.get("host", 0),
         device_bytes=taken.memory.get("device", 0),
         tflop_per_s=rate / 1e12,
         share=rate / rates[dtype],
-        samples=taken.seconds,
+        samples=samples,
         ratios=ratios,
-        stages={k: statistics.median(s.get(k, 0.0) for s in taken.stages) for k in taken.stages[0]},
+        stages={k: statistics.median(one.stages.get(k, 0.0) for one in taken.drawn) for k in stages},
         plan=taken.facts.get("plan", {}),
+        first_steps=taken.first_steps,
+        limit=taken.exceeded,
+        more_than=taken.exceeded is not None and statistics.median([*finished, math.inf]) == math.inf,
     )
 
 
-def mean_of(metric: Callable[[np.ndarray, np.ndarray], float], pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    return statistics.mean(metric(a, b) for a, b in pairs)
+def mean(found: Sequence[Quality]) -> Quality:
+    """Figure by figure; nothing where there are none."""
+    if not found:
+        return Quality()
+    return Quality(*(statistics.mean(column) for column in zip(*map(astuple, found), strict=True)))
 
 
+@cache
+def quality(want: Drawn, got: Drawn) -> Quality:
+    """Kept, since a run is written down after every picture."""
+    a, b = want.picture, got.picture
+    apart = np.abs(a.astype(int) - b)
+    shares = (100 * float((apart > bound).mean()) for bound in (0, 1))
+    return Quality(psnr(a, b), ssim(a, b), gmsd(a, b), *shares)
+
+
+@cache
 def flops(subject: Subject, steps: int) -> float:
     """FLOPs of one picture with every step computed."""
     arch = load.architecture(store.find(subject.model, "standard"))
@@ -144,8 +187,8 @@ def with_adherence(rows: Sequence[Row], outcome: Outcome, judged: Judged) -> lis
     """The rows with what the judge finds in the pictures that they are of."""
     found = []
     for row in rows:
-        right, asked = judged.judge(outcome.samples[row.name].pictures)
-        found.append(replace(row, adherence=100 * right / asked, asked=asked))
+        right, asked = judged.judge(pictures) if (pictures := outcome.samples[row.name].pictures) else (0, 0)
+        found.append(replace(row, adherence=100 * right / asked, asked=asked) if asked else row)
     return found
 
 
@@ -154,16 +197,31 @@ def adherence(row: Row) -> str:
     return "" if row.adherence is None else f"{row.adherence:.0f} % of {row.asked}"
 
 
+def figure(value: float | None, form: str) -> str:
+    """A figure in a format's form, or "" where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def seconds(row: Row) -> str:
+    """The median, or what it is more than."""
+    return f"{'> ' if row.more_than else ''}{row.seconds:.2f}"
+
+
+def ratio(row: Row) -> str:
+    """To the stock pipeline, or what it is less than."""
+    return "" if row.ratio is None else f"{'< ' if row.more_than else ''}{row.ratio:.2f}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
             "share")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [
-        f"| {r.size} | {r.name} | {r.seconds:.2f} | {r.fastest:.2f}–{r.slowest:.2f} | {r.ratio:.2f} | {r.psnr:.1f} "
-        f"| {r.ssim:.4f} | {r.gmsd:.4f} "
+        f"| {r.size} | {r.name} | {seconds(r)} | {r.fastest:.2f}–{'> ' if r.limit else ''}{r.slowest:.2f} | {ratio(r)} "
+        f"| {figure(r.psnr, '.1f')} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
         f"| {adherence(r)} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
-        f"| {r.first_seconds:.1f} | {r.share:.0%} |"
+        f"| {r.first_seconds:.1f} | {'< ' if r.more_than else ''}{r.share:.0%} |"
         for r in rows
     ]
     return "\n".join(lines)

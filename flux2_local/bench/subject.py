@@ -67,8 +67,9 @@ class Subject:
         return f"{self.width}×{self.height}"
 
 
-Draw = Callable[[str, int], "tuple[np.ndarray, dict[str, float]]"]
-"""(prompt, seed) -> a picture, uint8 [H, W, 3], and seconds per stage where they are known."""
+Draw = Callable[[str, int, int | None], "tuple[np.ndarray, dict[str, float]]"]
+"""(prompt, seed, steps; None: as many as the contender takes) -> a picture, uint8 [H, W, 3], and seconds per stage where they
+are known."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Loaded:
 
     Attributes:
         draw: makes one picture and waits for the device.
-        facts: what runs, for the record: ``dtype`` and ``steps``, and for ours ``plan``.
+        facts: what runs, for the record: ``dtype``, ``steps``, whether it ``compiles`` while it draws its first picture, and for
+            ours ``plan``.
     """
 
     draw: Draw

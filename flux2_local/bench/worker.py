@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import partial
@@ -26,7 +27,7 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
         tell(loaded.facts)
         while (frame := frames.read(source)) is not None:
             start = time.perf_counter()
-            picture, stages = loaded.draw(frame[0]["prompt"], frame[0]["seed"])
+            picture, stages = loaded.draw(frame[0]["prompt"], frame[0]["seed"], frame[0]["steps"])
             seconds = time.perf_counter() - start
             facts = {"shape": picture.shape, "stages": stages, "memory": memory(subject.device)}
             tell({"seconds": seconds, **facts}, picture.tobytes())
@@ -36,7 +37,7 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
 
 def memory(device: str) -> dict[str, int]:
     """Peak bytes of this process so far: resident in host memory (mapped weights included), and allocated on a card."""
-    peaks = {"host": peak_resident()}
+    peaks = {"host": peak_resident(os.getpid())}
     if device.startswith("cuda"):
         import torch
 
@@ -44,12 +45,15 @@ def memory(device: str) -> dict[str, int]:
     return peaks
 
 
-def peak_resident() -> int:
-    """Peak resident bytes of this process. Linux counts from its own start; elsewhere getrusage is asked."""
-    status = Path("/proc/self/status")
+def peak_resident(process: int) -> int:
+    """Peak resident bytes of a process. Linux counts from its start; elsewhere only this process can be asked about, by
+    getrusage, and 0 stands for others."""
+    status = Path(f"/proc/{process}/status")
     if status.exists():
-        line = next(row for row in status.read_text("ascii").splitlines() if row.startswith("VmHWM"))
+        line = next(row for row in status.read_text("utf-8").splitlines() if row.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    if process != os.getpid():
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

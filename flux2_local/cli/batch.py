@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,16 +15,15 @@ import typer
 
 from ..errors import Cancelled, RequestError
 from . import generate, options
+from .progress import Meter, duration, speed
 
 if TYPE_CHECKING:
-    from ..batch.engines import Pool
+    from ..batch.choice import Choice
     from ..batch.job import Job
-    from ..batch.run import Batch, Engine, Target
-    from ..pipeline import Flux2
+    from ..batch.run import Batch, Target
 
 FAILED = 1
 SHOWN = 20
-TELL_SECONDS = 10.0
 
 Prompts = Annotated[
     Path,
@@ -62,48 +59,6 @@ class Stop:
                 signal.signal(number, handler)
 
 
-class Meter:
-    """Done, rate, time left and failures, on standard error: one line that changes, or a line now and then."""
-
-    def __init__(self, show: bool) -> None:
-        self.show, self.live, self.told = show, sys.stderr.isatty(), time.perf_counter()
-        self.reported = 0
-
-    def __call__(self, batch: Batch) -> None:
-        if not self.show:
-            return
-        for failure in batch.failures[self.reported :]:
-            self.say(f"line {failure.line}, picture {failure.number}: {failure.reason}")
-        self.reported = len(batch.failures)
-        if self.live:
-            print(f"\r\x1b[K{progress_line(batch)}", end="", file=sys.stderr, flush=True)
-        elif time.perf_counter() - self.told >= TELL_SECONDS:
-            self.told = time.perf_counter()
-            self.say(progress_line(batch))
-
-    def say(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, flush=True)
-
-
-def progress_line(batch: Batch) -> str:
-    """One line about a running batch."""
-    failed = f", {len(batch.failures)} failed" if batch.failures else ""
-    left = f", {duration(batch.left / batch.rate)} left" if batch.made and batch.left else ""
-    return f"{batch.before + batch.made} of {batch.job.count} done{failed}, {speed(batch.rate)}{left}"
-
-
-def speed(rate: float) -> str:
-    return f"{rate:.2f} pictures/s" if rate >= 1 else f"{1 / rate:.1f} s/picture" if rate else "0 pictures/s"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
 def batch(
     prompts: Prompts,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("outputs/batch"),
@@ -125,7 +80,11 @@ def batch(
     ] = None,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", help="FIELD=VALUE,VALUE,… makes every line with each; several make all combinations."),
+        typer.Option(
+            "--grid",
+            metavar="FIELD=VALUE,…",
+            help="Make every line with each of the values; several --grid make all combinations.",
+        ),
     ] = None,
     job_seed: Annotated[int, typer.Option("--job-seed", help="Where the seeds of lines without one come from.")] = 0,
     layout: Annotated[
@@ -182,6 +141,7 @@ def batch(
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
+    from ..batch.choice import Choice
     from ..batch.run import Target
 
     defaults = {
@@ -203,13 +163,13 @@ def batch(
 
         require_parquet()
     names = [name.strip() for name in devices.split(",")] if devices else []
-    make_engine = Engines(loading, engine, names, workers, threads)
+    choice = Choice(loading, engine, names, workers, threads)
     job = read_job(prompts, input_format, loading, defaults, (grid, seeds, repeat, job_seed), strict, as_json)
     target = Target(output, layout, shard_size, resume, overwrite)
     if dry_run:
         predict(job, target, loading, as_json)
     else:
-        run(job, target, make_engine, parquet, as_json, quiet)
+        run(job, target, choice, parquet, as_json, quiet)
     if job.bad:
         raise typer.Exit(FAILED)
 
@@ -297,7 +257,7 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
         print(share.plan)
 
 
-def run(job: Job, target: Target, engines: Engines, parquet: bool, as_json: bool, quiet: bool) -> None:
+def run(job: Job, target: Target, choice: Choice, parquet: bool, as_json: bool, quiet: bool) -> None:
     """Open the folder, load, make the pictures, say how it went.
 
     Raises:
@@ -309,7 +269,9 @@ def run(job: Job, target: Target, engines: Engines, parquet: bool, as_json: bool
     meter, stop = Meter(not (as_json or quiet)), Stop()
     with open_batch(job, target) as work:
         if work.left:
-            with engines.loaded(stop, meter) as engine, stop.listening():
+            with choice.loaded(stop) as (engine, about), stop.listening():
+                for line in about if meter.show else ():
+                    meter.say(line)
                 for note in work.settle(engine.facts):
                     meter.say(f"note: {note}")
                 try:
@@ -327,90 +289,6 @@ def run(job: Job, target: Target, engines: Engines, parquet: bool, as_json: bool
     report(work, written, as_json, quiet)
     if work.failures:
         raise typer.Exit(FAILED)
-
-
-@dataclass(frozen=True)
-class Engines:
-    """Which engine is wanted.
-
-    Attributes:
-        loading: arguments of :meth:`flux2_local.Flux2.load`.
-        engine: "local" or "ray".
-        devices: one process for each; none for this process alone.
-        workers: of a Ray cluster; as many as there is room for where None.
-        threads: processor threads of each process.
-
-    Raises:
-        RequestError: options that do not go together.
-        BackendUnavailableError: Ray is wanted and not installed.
-    """
-
-    loading: dict[str, Any]
-    engine: str
-    devices: list[str]
-    workers: int | None
-    threads: int | None
-
-    def __post_init__(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise RequestError(f"--engine must be local or ray; {self.engine!r} was given.")
-        if self.engine == "ray" and self.devices:
-            raise RequestError("--devices is for --engine local; Ray gives each of its --workers a card.")
-        if self.engine == "local" and self.workers is not None:
-            raise RequestError("--workers is for --engine ray; --devices names one process per device here.")
-        for name, value in (("--workers", self.workers), ("--threads", self.threads)):
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1; {value} was given.")
-        if self.engine == "ray":
-            from ..batch.cluster import require_ray
-
-            require_ray()
-
-    @contextmanager
-    def loaded(self, stop: Stop, meter: Meter) -> Iterator[Engine]:
-        """The engine, with its model loaded.
-
-        Raises:
-            Flux2Error: as :meth:`flux2_local.Flux2.load`.
-        """
-        import torch
-
-        from ..batch.engines import Pool, ThisProcess, processes
-        from ..pipeline import Flux2
-
-        if self.engine == "ray":
-            from ..batch.cluster import cluster_workers
-
-            with Pool(cluster_workers(self.loading, self.workers, self.threads), stop, gradual=True) as pool:
-                say_pool(pool, meter, "workers of a Ray cluster")
-                yield pool
-        elif self.devices:
-            with Pool(processes(self.devices, self.loading, self.threads), stop) as pool:
-                say_pool(pool, meter, "processes, one per device")
-                yield pool
-        else:
-            if self.threads is not None:
-                torch.set_num_threads(self.threads)
-            flux = Flux2.load(**self.loading)
-            say_model(flux, meter)
-            yield ThisProcess(flux, stop)
-
-
-def say_model(flux: Flux2, meter: Meter) -> None:
-    """Which model runs, and what to know about it."""
-    if meter.show:
-        plan = flux.plan
-        meter.say(
-            f"{flux.checkpoint.preset.title} ({plan.variant}, {plan.acceleration}) on {plan.device} in {plan.dtype}"
-        )
-        for note in flux.notes:
-            meter.say(f"note: {note}")
-
-
-def say_pool(pool: Pool, meter: Meter, what: str) -> None:
-    if meter.show:
-        fixed = pool.facts["fixed"]
-        meter.say(f"{fixed['model']} ({fixed['variant']}) in {len(pool.workers)} {what}")
 
 
 def bad_lines(job: Job) -> list[dict[str, Any]]:

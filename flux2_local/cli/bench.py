@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from ..errors import Cancelled
 from . import options
 
 app = typer.Typer(
@@ -17,7 +18,8 @@ app = typer.Typer(
     help="Measure variants, tiers and other people's pipelines on the same components: seconds, memory, quality.\n\n"
     "Every contender draws the same prompts with the same seeds in turn, round after round, each in a process of its own. "
     "Quality is held against `standard, none`, the pixels of diffusers' pipeline; the contenders `none, another dtype` and "
-    "`none, another kernel` show what rounding alone does. One that cannot run here is recorded with its reason.",
+    "`none, another kernel` show what rounding alone does. One that cannot run here, fails or exceeds --limit is recorded with "
+    "its reason. Ctrl-C leaves the result of what was measured by then.",
 )
 SIZES = ("512x512", "1024x768")
 
@@ -28,71 +30,80 @@ def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="A name, a hub id or a folder.")] = "tiny",
     size: Annotated[
         list[str] | None,
-        typer.Option("--size", "-s", help="WIDTHxHEIGHT; may be repeated (default 512x512 and 1024x768)."),
+        typer.Option("--size", "-s", metavar="WIDTHxHEIGHT", help="May be repeated (default 512x512 and 1024x768)."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=4, max=50, help="Of the standard variant (default: the model's own).")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", "-r", min=1, help="Pictures per contender and size.")] = 5,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="A contender by name; may be repeated (a wrong name lists them).")
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help="A contender by name, and the two that others are held against; may be repeated (a wrong name lists them).",
+        ),
     ] = None,
     apart: Annotated[
-        bool, typer.Option("--apart", help="Load each anew every round: for models of which only one fits in memory.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--apart/--together",
+            help="Load each anew for every round, one at a time, or all at the beginning. Default: together where they fit into "
+            "memory.",
+        ),
+    ] = None,
+    warm_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--warm-steps",
+            min=1,
+            help="Steps of the first picture, which is not counted. Default: 1, and all where a contender compiles.",
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            "--limit",
+            min=0.001,
+            help="Seconds that a picture may take, and loading. A contender that takes more is stopped and recorded with it.",
+        ),
+    ] = None,
     device: options.Device = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The JSON file to write, anew after every picture. Default: speed-DATE.json."),
+    ] = None,
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    from .. import rates, store
-    from ..bench import environment, results, runner
+    from ..bench import results
     from ..bench.contenders import select
-    from ..bench.subject import PROMPTS, Judged, Subject
-    from ..errors import RequestError
-    from ..files import check_folder
-    from ..hardware import probe
+    from ..bench.measurement import Wanted, measure
+    from ..bench.runner import Rules
     from ..request import make_request
 
-    chosen = select(only)
     shapes = [
         make_request("standard", {"prompt": "a", "image_size": options.parse_size(s)}).size for s in size or SIZES
     ]
-    checkpoint = store.find(model, "standard")
-    steps = steps or checkpoint.preset.recipe("standard").steps
-    judged: Judged | None = context.obj  # brought by benchmarks/speed.py
-    if judged is not None and not checkpoint.bundled:
-        raise RequestError(
-            f"The judge knows the bundled model's scenes and nothing else, so it cannot judge {model}. "
-            "Measure that without it: flux2-local bench."
-        )
-    prompts = PROMPTS if judged is None else judged.prompts
-    hardware = probe(device)
-    if out is not None:
-        check_folder(out.absolute().parent, 2**20)
-    record: dict[str, Any] = environment.record()
-    if hardware.kind == "cuda":
-        record |= dict(environment.card(hardware.device))
-    dtypes = {"float32", *hardware.fast_dtypes}
-    record["rates"] = reached = rates.measure(hardware.device, sorted(dtypes), seconds=0.5)
-    record |= {"model": model, "steps": steps, "rounds": rounds, "prompts": prompts[:rounds], "rows": [], "refused": {}}
-    rows: list[results.Row] = []
-    for width, height in shapes:
-        subject = Subject(model, hardware.device, width, height, steps)
-        outcome = runner.run(chosen, subject, prompts, rounds, apart, lambda line: typer.echo(line, err=True))
-        found = results.rows(outcome, subject, reached)
-        if judged is not None:
-            found = results.with_adherence(found, outcome, judged)
-            right, asked = judged.ceiling(width, height, rounds)
-            record.setdefault("adherence_of_drawings", {})[subject.size] = f"{100 * right / asked:.0f} % of {asked}"
-        rows += found
-        record["refused"][subject.size] = outcome.refused
-    record["rows"] = [asdict(row) for row in rows]
+    rules = Rules(rounds, apart, warm_steps, limit)
+    wanted = Wanted(model, shapes, select(only), rules, steps, device, out, context.obj)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measured = measure(wanted, lambda line: typer.echo(line, err=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    record, rows = measured.record, [row for rows in measured.rows.values() for row in rows]
+    if not rows and measured.stopped:
+        raise Cancelled("Stopped before the first picture; nothing was written.")
     print(results.table(rows))
     for where, refused in record["refused"].items():
+        ran = {row.name for row in rows if row.size == where}
         for name, why in refused.items():
-            print(f"not run at {where}: {name}: {why}")
-    print(f"written: {environment.keep(record, 'speed', out)}")
+            print(f"{'stopped' if name in ran else 'not run'} at {where}: {name}: {why}")
+    print(f"written: {measured.path}")
+    if measured.stopped:
+        done = ", ".join(f"{done} of {rounds} rounds at {where}" for where, done in record["rounds_done"].items())
+        raise Cancelled(f"Stopped after {done}; what was measured is in {measured.path}.")
 
 
 @app.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,8 @@ Output = Annotated[
     ),
 ]
 Images = Annotated[
-    list[str] | None, typer.Option("--image", "-i", help="Reference picture: path or URL; may be repeated.")
+    list[str] | None,
+    typer.Option("--image", "-i", metavar="FILE|URL", help="Reference picture; may be repeated."),
 ]
 Number = Annotated[int | None, typer.Option("--num-images", "-n", help="1 to 4 (default 1).")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the first picture (default random).")]
@@ -73,6 +75,10 @@ def generate(
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
+    from ..images import FORMATS
+
+    if form is not None and output is not None and FORMATS.get(output.suffix.lower(), form) != form:
+        raise RequestError(f"--format {form} and the ending of {output} say different things; leave one of them out.")
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     given = {
@@ -108,48 +114,12 @@ def generate(
     run(fields, {k: v for k, v in loading.items() if v is not None}, output, as_json, quiet)
 
 
-def edit(
-    prompt: Prompt,
-    image: Annotated[list[str], typer.Option("--image", "-i", help="Picture to change; more may follow.")],
-    output: Output = None,
-    model: options.Model = None,
-    variant: options.VariantOption = None,
-    acceleration: options.AccelerationOption = None,
-    size: options.Size = None,
-    number: Number = None,
-    seed: Seed = None,
-    steps: options.Steps = None,
-    guidance: Guidance = None,
-    vram: options.Vram = None,
-    device: options.Device = None,
-    attention: options.Attention = None,
-    quantize: options.Quantize = None,
-    compiled: options.Compile = None,
-    keep_prompts: options.KeepPrompts = None,
-    as_json: options.Json = False,
-    quiet: Quiet = False,
-) -> None:
-    generate(
-        prompt,
-        output,
-        model,
-        variant,
-        acceleration,
-        size,
-        number,
-        seed,
-        steps,
-        guidance,
-        image,
-        vram=vram,
-        device=device,
-        attention=attention,
-        quantize=quantize,
-        compiled=compiled,
-        keep_prompts=keep_prompts,
-        as_json=as_json,
-        quiet=quiet,
-    )
+@wraps(generate)
+def edit(**given: Any) -> None:
+    """As :func:`generate`, with all of its options."""
+    if not given["image"]:
+        raise RequestError("edit changes pictures, and none was given. Name one with --image.")
+    generate(**given)
 
 
 def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -179,7 +149,7 @@ def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> 
 
 def run(fields: dict[str, Any], loading: dict[str, Any], output: Path | None, as_json: bool, quiet: bool) -> None:
     """Check, load, generate, write, report."""
-    from ..images import format_of
+    from ..images import format_of, references
     from ..request import make_request
 
     loading.setdefault("variant", "standard")
@@ -190,6 +160,7 @@ def run(fields: dict[str, Any], loading: dict[str, Any], output: Path | None, as
     if loading["variant"] in ("standard", "turbo", "flash"):
         request = make_request(loading["variant"], fields)
         check_target(output, request.num_images, request.size)
+        references(tuple(image for image in request.images if not image.startswith(("http:", "https:"))))
 
     from ..pipeline import Flux2
     from .progress import Display

@@ -32,7 +32,6 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     from ..explore import plan_for
-    from ..presets import parse_bytes
     from ..request import make_request
     from ..settings import make_settings
 
@@ -47,7 +46,7 @@ def plan(
     )
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)
-    made = plan_for(model, settings, request, device, None if ram is None else parse_bytes(ram))
+    made = plan_for(model, settings, request, device, options.parse_amount("--ram", ram))
     print(json.dumps(made.to_dict()) if as_json else made)
 
 
@@ -83,9 +82,7 @@ def notes_of(preset: ModelPreset) -> list[str]:
 
 def download(
     name: Annotated[str, typer.Argument(help="A model's name, or a hub id (owner/name).")],
-    only: Annotated[
-        str | None, typer.Option("--only", help="Fetch only the model, the LoRA or the safety check.")
-    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Fetch only one of them: model, lora or safety.")] = None,
 ) -> None:
     from ..download import download as fetch
     from ..download import parts_of

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RequestError
+from ..presets import parse_bytes
 from ..request import ACCELERATIONS, SIZES, VARIANTS
 from ..request import parse_size as parse_size
 
@@ -64,7 +66,7 @@ KeepPrompts = Annotated[
     ),
 ]
 LoraOption = Annotated[
-    list[str] | None, typer.Option("--lora", help="LoRA file to merge in, FILE or FILE=STRENGTH; may be repeated.")
+    list[str] | None, typer.Option("--lora", metavar="FILE[=STRENGTH]", help="LoRA file to merge in; may be repeated.")
 ]
 Size = Annotated[
     str | None,
@@ -72,8 +74,23 @@ Size = Annotated[
         "--size", "-s", help=f"{_one_of(tuple(SIZES))}, or WIDTHxHEIGHT, each 512 to 2048 (default landscape_4_3)."
     ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="4 to 50, standard only (default 28, or the model's own).")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="num_inference_steps, 4 to 50, standard only (default 28, or the model's own)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def parse_amount(option: str, text: str | None) -> int | None:
+    """Bytes from text such as 32GiB.
+
+    Raises:
+        RequestError: not such a text.
+    """
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise RequestError(f"{option}: {error}") from error
 
 
 def parse_loras(texts: list[str] | None) -> list[tuple[str, float]]:

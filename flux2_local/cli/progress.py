@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from ..batch.run import Batch
     from ..pipeline import Flux2
     from ..progress import Progress
 
@@ -21,6 +22,9 @@ WORDS = {
     "decode": "decoding",
     "safety": "checking",
 }
+
+TELL_SECONDS = 10.0
+"""Between two lines about a batch where no terminal shows one that changes."""
 
 
 class Display:
@@ -101,3 +105,45 @@ def make_bar() -> Bar:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+class Meter:
+    """Done, rate, time left and failures, on standard error: one line that changes, or a line now and then."""
+
+    def __init__(self, show: bool) -> None:
+        self.show, self.live, self.told = show, sys.stderr.isatty(), time.perf_counter()
+        self.reported = 0
+
+    def __call__(self, batch: Batch) -> None:
+        if not self.show:
+            return
+        for failure in batch.failures[self.reported :]:
+            self.say(f"line {failure.line}, picture {failure.number}: {failure.reason}")
+        self.reported = len(batch.failures)
+        if self.live:
+            print(f"\r\x1b[K{progress_line(batch)}", end="", file=sys.stderr, flush=True)
+        elif time.perf_counter() - self.told >= TELL_SECONDS:
+            self.told = time.perf_counter()
+            self.say(progress_line(batch))
+
+    def say(self, text: str) -> None:
+        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, flush=True)
+
+
+def progress_line(batch: Batch) -> str:
+    """One line about a running batch."""
+    failed = f", {len(batch.failures)} failed" if batch.failures else ""
+    left = f", {duration(batch.left / batch.rate)} left" if batch.made and batch.left else ""
+    return f"{batch.before + batch.made} of {batch.job.count} done{failed}, {speed(batch.rate)}{left}"
+
+
+def speed(rate: float) -> str:
+    return f"{rate:.2f} pictures/s" if rate >= 1 else f"{1 / rate:.1f} s/picture" if rate else "0 pictures/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -46,7 +46,8 @@ def serve(
         bool, typer.Option("--allow-private-urls", help="Let image_urls and webhooks point into private networks.")
     ] = False,
     allow_origin: Annotated[
-        list[str] | None, typer.Option("--allow-origin", help="Web origin that may call; may be repeated.")
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="Web origin that may call; may be repeated."),
     ] = None,
     no_safety_checker: Annotated[
         bool, typer.Option("--no-safety-checker", help="Skip the safety check, whatever a request says.")
