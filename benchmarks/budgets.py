@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ class Case:
     def peak(self) -> int:
         """Peak bytes since: reserved on the card, with the context; resident in host memory where there is no card."""
         if not self.card:
-            return peak_resident()
+            return peak_resident(os.getpid())
         free, total = torch.cuda.mem_get_info(self.device)
         context = total - free - torch.cuda.memory_reserved(self.device)
         return torch.cuda.max_memory_reserved(self.device) + context
@@ -162,7 +163,10 @@ def work(case: Case) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             folder = synthetic.folder(case.model, Path(scratch) / case.model)
-            return CONTENDERS[case.contender](case, folder) | {"peak": case.peak(), "host_peak": peak_resident()}
+            return CONTENDERS[case.contender](case, folder) | {
+                "peak": case.peak(),
+                "host_peak": peak_resident(os.getpid()),
+            }
     except (Flux2Error, torch.OutOfMemoryError) as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
