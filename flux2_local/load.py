@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from . import attention, weights
+from . import attention, heap, weights
 from . import lora as loras
 from .costs import Architecture
 from .files import cache_folder
@@ -123,6 +123,8 @@ def build(
         vae.fold_upsampling()
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if plan.keep_freed:  # not before: what reading the weights frees goes back to the system
+        heap.keep()
     components = Components(
         transformer=transformer,
         text_encoder=text_encoder,

@@ -12,7 +12,7 @@ from typing import Any
 from flux2_kernels import Place, place_of
 
 from . import attention as attentions
-from . import costs, quant
+from . import costs, heap, quant
 from .candidates import SYSTEM_RESERVE, Candidate, Draft, Need, Placement, Terms, layouts, least
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError
@@ -84,6 +84,7 @@ class Plan:
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
+        keep_freed: whether the process keeps host memory that it frees.
         encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first.
         place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, and decoding.
         peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
@@ -108,6 +109,7 @@ class Plan:
     vae_tile: int
     channels_last: bool
     fold_upsampling: bool
+    keep_freed: bool
     encode_seconds: float
     place_seconds: float
     step_seconds: float
@@ -162,6 +164,7 @@ def make_plan(
     compile_choice = choose_compile(hardware, compiled)
     ops_choice = choose_ops(need, hardware, dtype, compile_choice.value != "off")
     cache_choice, cache = choose_cache(need)
+    freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
     limit = min(budget or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
@@ -192,6 +195,7 @@ def make_plan(
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
         fold_upsampling=folded,
+        keep_freed=freed_choice.value == "kept",
         encode_seconds=winner.seconds.encode,
         place_seconds=winner.seconds.place,
         step_seconds=winner.seconds.step,
@@ -209,6 +213,7 @@ def make_plan(
             compile_choice,
             layout_choice(need.tier),
             upsampling_choice(need.tier, hardware, dtype),
+            freed_choice,
             cache_choice,
             batch_choice,
             figures_choice(hardware),
@@ -352,7 +357,16 @@ def figures_choice(hardware: Hardware) -> Choice:
     return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
 
 
+def choose_freed(hardware: Hardware) -> Choice:
+    """Whether host memory that is freed stays with the process."""
+    if against := heap.reason_against(hardware):
+        return Choice("freed memory", "returned", "the C library's own way", (("kept", against),))
+    why = f"up to {show_bytes(heap.KEPT)}, so that large results need not be mapped and cleared anew"
+    return Choice("freed memory", "kept", why, (("returned", "the system would clear every page again"),))
+
+
 def layout_choice(tier: Tier) -> Choice:
+    """The exact tier would lose its pixels: torch's group norm adds up a whole picture's values one by one in channels-last layout."""
     if tier.exact:
         return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
     return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")

@@ -14,7 +14,7 @@ LAYERS = (
     ("settings", "stages", "many"),
     ("safety", "load"),
     ("sampler", "plan", "candidates", "footprint", "text", "lora", "store", "offload", "quant", "attention", "cache"),
-    ("costs", "hardware", "rates", "schedule", "latents"),
+    ("costs", "hardware", "heap", "rates", "schedule", "latents"),
     ("model",),
     ("weights", "result", "images", "files", "frames", "progress"),
     ("presets",),
