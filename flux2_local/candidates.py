@@ -264,8 +264,8 @@ class Draft:
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
-        compute = costs.step_flops(arch, work) / flops
-        encode = costs.encode_flops(arch) / flops
+        compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
+        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
         decode += self.visiting("vae") / self.rate("vae", mapped)
         place, step, rate = 0.0, compute, self.rate("transformer", mapped)
@@ -281,6 +281,17 @@ class Draft:
         elif self.layout.text_encoder == "streamed":
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
         return Seconds(encode, place, step, decode, compute)
+
+    def beyond(self, component: str, work: Work) -> float:
+        """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
+        arch, hardware = self.terms.need.arch, self.terms.hardware
+        if self.form is None or self.form.product not in hardware.flops:
+            return 0.0
+        tokens = arch.text_tokens * arch.passes
+        if component == "transformer":
+            sizes = ((work.width, work.height), *work.references)
+            tokens = (tokens + sum(arch.tokens(*size) for size in sizes) * arch.passes) * work.batch
+        return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
 
     def disk(self) -> int:
         """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""

@@ -206,7 +206,7 @@ def make_plan(
         work=need.work,
         choices=(
             kind_choice,
-            choose_format(need.tier, dtype, wanted, winner, quantize),
+            choose_format(need.tier, dtype, wanted, winner, quantize, conversion(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
             ops_choice,
@@ -227,7 +227,7 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
 
     The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
     order of ``wanted`` (those measured faster here where the tier permits them, then the smallest loss) whose quickest candidate
-    takes no longer than the tier's patience times the quickest of all.
+    takes no longer than the tier's patience times the quickest of all, or leaves nothing to wish (:func:`content`).
 
     Args:
         fitting: candidates that fit, the quickest first.
@@ -239,14 +239,21 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
     quickest = faithful[0].seconds.total(work)
     for form in wanted:
         best = next((c for c in faithful if c.form is form), None)
-        if best is not None and best.seconds.total(work) <= tier.patience * quickest:
+        if best is not None and (best.seconds.total(work) <= tier.patience * quickest or content(best, tier)):
             break
     assert best is not None, "the quickest itself is within its own time"
     if best is faithful[0]:
         return best, "the fastest that fits" if best is fitting[
             0
         ] else "the fastest that fits with a loss that the tier allows"
+    if content(best, tier):
+        return best, "the fastest in 16 bit"
     return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
+
+
+def content(candidate: Candidate, tier: Tier) -> bool:
+    """Whether nothing but faster arithmetic could be gained by a format, and the tier does not want it for that."""
+    return candidate.form is None and candidate.layout.name == "resident" and not tier.quantize
 
 
 def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
@@ -254,6 +261,8 @@ def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
     seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
     if candidate.form is not winner.form and candidate.form is not None and candidate.form.loss > need.tier.loss:
         return f"layers' outputs {candidate.form.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
+    if seconds < best and content(winner, need.tier):
+        return f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
     return f"{seconds:.1f} s against {best:.1f} s"
@@ -345,7 +354,7 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = Fals
 
 def figures_choice(hardware: Hardware) -> Choice:
     """What the predictions rest on."""
-    rates = f"{max(hardware.flops.values()) / 1e12:.3g} TFLOP/s"
+    rates = f"{hardware.flops[hardware.fast_dtypes[0]] / 1e12:.3g} TFLOP/s"
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:
@@ -474,9 +483,9 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
 
 
 def choose_format(
-    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, once: str
 ) -> Choice:
-    """Why the weights of the transformer and the text encoder are held as they are."""
+    """Why the weights of the transformer and the text encoder are held as they are; ``once``: what making them takes."""
     form = winner.form
     before = wanted[: wanted.index(form)]
     rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
@@ -488,7 +497,19 @@ def choose_format(
         why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
     else:
         why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
-    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else ""), rejected)
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + once, rejected)
+
+
+def conversion(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
+    """What making the winner's weights takes, and when that has paid, where it is taken for its speed; else ""."""
+    need, hardware = terms.need, terms.hardware
+    dense = next((c for c in fitting if c.form is None), None)
+    if winner.form is None or winner.form.product not in hardware.flops or dense is None:
+        return ""
+    gain = dense.seconds.total(need.work) - winner.seconds.total(need.work)
+    weights = sum(costs.parameters(need.arch)[name] for name in ("transformer", "text_encoder"))
+    seconds = costs.CONVERTED * weights / hardware.memory_rate
+    return f"; made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / gain)} such requests"
 
 
 def component_plan(winner: Candidate, model: str, dtype: str, component: str) -> ComponentPlan:
