@@ -10,7 +10,7 @@ from .costs import WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
 from .offload.streamed import RING
-from .presets import Tier, show_bytes
+from .presets import Tier, show_bytes, tiers
 from .request import Variant
 
 Placement = Literal["resident", "staged", "streamed"]
@@ -144,6 +144,12 @@ class Terms:
     skipping: bool
     folded: bool
 
+    @property
+    def schedule(self) -> str:
+        """The type that timesteps, guidance and modulations are computed in: float32 where the exact tier computes in it."""
+        wide = not self.need.tier.exact and tiers()["none"].dtypes[self.hardware.kind][0] == "float32"
+        return "float32" if wide else self.dtype
+
 
 def layouts(hardware: Hardware) -> tuple[Layout, ...]:
     """Candidate layouts. Where device and host share their memory, moving weights gains nothing."""
@@ -179,7 +185,9 @@ class Draft:
         recipe = None
         if self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
-        return footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
+        dtype, schedule = WIDTH[self.terms.dtype], WIDTH[self.terms.schedule]
+        held = footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
+        return replace(held, schedule=held.schedule // dtype * schedule)
 
     def placement(self, component: str) -> Placement:
         return {

@@ -20,6 +20,7 @@ from .files import cache_folder
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.blocks import SCHEDULE
 from .model.compiled import compile_blocks
 from .model.language import LanguageConfig, LanguageModel
 from .model.meta import meta
@@ -105,6 +106,8 @@ def build(
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
     note = fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
+    for name in SCHEDULE:
+        getattr(transformer, name).to(DTYPES[plan.schedule])
     text_source = Source(checkpoint, "text_encoder")
     told: list[str] = []
 

@@ -75,6 +75,7 @@ class Plan:
         model, variant, acceleration: what was asked for.
         device: torch's name of the device that computes.
         dtype: of activations.
+        schedule: the type that timesteps, guidance and modulations are computed in.
         transformer, text_encoder, vae: format and placement of the three networks.
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
@@ -98,6 +99,7 @@ class Plan:
     acceleration: Acceleration
     device: str
     dtype: str
+    schedule: str
     transformer: ComponentPlan
     text_encoder: ComponentPlan
     vae: ComponentPlan
@@ -184,6 +186,7 @@ def make_plan(
         acceleration=need.tier.name,
         device=hardware.device,
         dtype=dtype,
+        schedule=terms.schedule,
         transformer=component_plan(winner, need.model, dtype, "transformer"),
         text_encoder=component_plan(winner, need.model, dtype, "text_encoder"),
         vae=held,
@@ -206,6 +209,7 @@ def make_plan(
         work=need.work,
         choices=(
             kind_choice,
+            schedule_choice(terms),
             choose_format(need.tier, dtype, wanted, winner, quantize, conversion(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
@@ -295,7 +299,7 @@ def built(plan: Plan) -> tuple[Any, ...]:
     """The part of a plan that loading turns into weights and functions. Which blocks stay may change between requests."""
     networks = (replace(held, stay=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
     convolutions = plan.channels_last, plan.fold_upsampling
-    return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops, plan.compile
+    return plan.device, plan.dtype, plan.schedule, *networks, *convolutions, plan.attention, plan.ops, plan.compile
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -372,6 +376,16 @@ def choose_freed(hardware: Hardware) -> Choice:
         return Choice("freed memory", "returned", "the C library's own way", (("kept", against),))
     why = f"up to {show_bytes(heap.KEPT)}, so that large results need not be mapped and cleared anew"
     return Choice("freed memory", "kept", why, (("returned", "the system would clear every page again"),))
+
+
+def schedule_choice(terms: Terms) -> Choice:
+    """Rounded timesteps are other noise levels in every step, and the table of modulations costs the same in any type."""
+    if terms.schedule == terms.dtype:
+        return Choice("schedule", terms.dtype, "as everything else, and as in the exact tier")
+    why = "timesteps and modulations as the exact tier has them here, made once for all steps"
+    return Choice(
+        "schedule", terms.schedule, why, ((terms.dtype, "it rounds the noise levels, which pictures show most"),)
+    )
 
 
 def layout_choice(tier: Tier) -> Choice:
