@@ -10,7 +10,7 @@ from .costs import WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
 from .offload.streamed import RING
-from .presets import Tier, show_bytes
+from .presets import Tier, show_bytes, tiers
 from .request import Variant
 
 Placement = Literal["resident", "staged", "streamed"]
@@ -144,6 +144,12 @@ class Terms:
     skipping: bool
     folded: bool
 
+    @property
+    def schedule(self) -> str:
+        """The type that timesteps, guidance and modulations are computed in: float32 where the exact tier computes in it."""
+        wide = not self.need.tier.exact and tiers()["none"].dtypes[self.hardware.kind][0] == "float32"
+        return "float32" if wide else self.dtype
+
 
 def layouts(hardware: Hardware) -> tuple[Layout, ...]:
     """Candidate layouts. Where device and host share their memory, moving weights gains nothing."""
@@ -179,7 +185,9 @@ class Draft:
         recipe = None
         if self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
-        return footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
+        dtype, schedule = WIDTH[self.terms.dtype], WIDTH[self.terms.schedule]
+        held = footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
+        return replace(held, schedule=held.schedule // dtype * schedule)
 
     def placement(self, component: str) -> Placement:
         return {
@@ -264,8 +272,8 @@ class Draft:
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
-        compute = costs.step_flops(arch, work) / flops
-        encode = costs.encode_flops(arch) / flops
+        compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
+        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
         decode += self.visiting("vae") / self.rate("vae", mapped)
         place, step, rate = 0.0, compute, self.rate("transformer", mapped)
@@ -281,6 +289,17 @@ class Draft:
         elif self.layout.text_encoder == "streamed":
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
         return Seconds(encode, place, step, decode, compute)
+
+    def beyond(self, component: str, work: Work) -> float:
+        """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
+        arch, hardware = self.terms.need.arch, self.terms.hardware
+        if self.form is None or self.form.product not in hardware.flops:
+            return 0.0
+        tokens = arch.text_tokens * arch.passes
+        if component == "transformer":
+            sizes = ((work.width, work.height), *work.references)
+            tokens = (tokens + sum(arch.tokens(*size) for size in sizes) * arch.passes) * work.batch
+        return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
 
     def disk(self) -> int:
         """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""

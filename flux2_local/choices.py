@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from flux2_kernels import Place, place_of
 
 from . import attention as attentions
-from . import costs, quant
+from . import costs, heap, quant
 from .candidates import Candidate, Draft, Need, Terms
 from .errors import BackendUnavailableError
 from .hardware import Hardware
@@ -72,9 +72,9 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
 
 
 def choose_format(
-    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, once: str
 ) -> Choice:
-    """Why the weights of the transformer and the text encoder are held as they are."""
+    """Why the weights of the transformer and the text encoder are held as they are; ``once``: what making them takes."""
     form = winner.form
     before = wanted[: wanted.index(form)]
     rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
@@ -86,7 +86,19 @@ def choose_format(
         why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
     else:
         why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
-    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else ""), rejected)
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + once, rejected)
+
+
+def conversion(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
+    """What making the winner's weights takes, and when that has paid, where it is taken for its speed; else ""."""
+    need, hardware = terms.need, terms.hardware
+    dense = next((c for c in fitting if c.form is None), None)
+    if winner.form is None or winner.form.product not in hardware.flops or dense is None:
+        return ""
+    gain = dense.seconds.total(need.work) - winner.seconds.total(need.work)
+    weights = sum(costs.parameters(need.arch)[name] for name in ("transformer", "text_encoder"))
+    seconds = costs.CONVERTED * weights / hardware.memory_rate
+    return f"; made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / gain)} such requests"
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -143,7 +155,18 @@ def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = Fals
     return Choice("ops", "reference", "plain torch, which runs everywhere", lost)
 
 
+def schedule_choice(terms: Terms) -> Choice:
+    """Rounded timesteps are other noise levels in every step, and the table of modulations costs the same in any type."""
+    if terms.schedule == terms.dtype:
+        return Choice("schedule", terms.dtype, "as everything else, and as in the exact tier")
+    why = "timesteps and modulations as the exact tier has them here, made once for all steps"
+    return Choice(
+        "schedule", terms.schedule, why, ((terms.dtype, "it rounds the noise levels, which pictures show most"),)
+    )
+
+
 def layout_choice(tier: Tier) -> Choice:
+    """The exact tier would lose its pixels: torch's group norm adds up a whole picture's values one by one in channels-last layout."""
     if tier.exact:
         return Choice("convolutions", "as stored", "the exact tier keeps the reference's memory layout and rounding")
     return Choice("convolutions", "channels last", "the layout that fast convolutions want; it changes rounding only")
@@ -164,6 +187,14 @@ def upsampling_choice(tier: Tier, hardware: Hardware, dtype: str) -> Choice:
     return Choice(
         "upsampling", "plain", "nearest neighbour, then a convolution, as the model's makers do", (("folded", lost),)
     )
+
+
+def choose_freed(hardware: Hardware) -> Choice:
+    """Whether host memory that is freed stays with the process."""
+    if against := heap.reason_against(hardware):
+        return Choice("freed memory", "returned", "the C library's own way", (("kept", against),))
+    why = f"up to {show_bytes(heap.KEPT)}, so that large results need not be mapped and cleared anew"
+    return Choice("freed memory", "kept", why, (("returned", "the system would clear every page again"),))
 
 
 def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
@@ -211,7 +242,7 @@ def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
 
 def figures_choice(hardware: Hardware) -> Choice:
     """What the predictions rest on."""
-    rates = f"{max(hardware.flops.values()) / 1e12:.3g} TFLOP/s"
+    rates = f"{hardware.flops[hardware.fast_dtypes[0]] / 1e12:.3g} TFLOP/s"
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.blocks import block_linears
 from .model.language import LanguageConfig, LanguageModel
 from .model.meta import meta
 from .model.transformer import Flux2Transformer, TransformerConfig
@@ -29,6 +30,15 @@ FULL_TOKENS_CPU = 1024
 """Tokens from which on a CPU gains little by more: its matrix library prepares the weights anew for every product, which the
 tokens share. With the bundled model on one core a step at 512×512 (336 tokens) took about a tenth less per picture in a batch,
 at 768×768 (656 tokens) a twentieth at most, and at 1024×1024 no less (``python -m benchmarks.bulk``)."""
+
+
+INT8_IN, INT8_OUT = 30, 20
+"""Bytes moved at the rate of a copy for each value that an int8 layer on a CPU rounds, and for each sum that it scales back, where
+``scripts/measure_int8.py`` was run: on one core of 19 GB/s they took 1.5 and 1.1 ns."""
+
+CONVERTED = 215
+"""Bytes moved, likewise, to make a weight int8 and keep it: klein-4B took 63 s more to load than in 16 bit on two cores of 25 GB/s
+(``benchmarks/results/klein-4b-cpu-2026-11-24.json``)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,35 @@ def encode_flops(arch: Architecture) -> float:
     layers = parameters(arch)["text_encoder"] - c.vocab_size * c.hidden_size
     attention = 2 * text**2 * c.num_attention_heads * c.head_dim * max(arch.text_layers)
     return 2.0 * (layers * text + attention) * arch.passes
+
+
+@dataclass(frozen=True)
+class Linears:
+    """What one token meets in the linear layers of a network's blocks: weights, and values that go in and come out."""
+
+    weights: float
+    inputs: float
+    outputs: float
+
+    def int8_seconds(self, tokens: int, hardware: Hardware, dtype: str) -> float:
+        """Seconds that int8 layers take for ``tokens`` on a CPU beyond those of ``dtype``; below zero where they gain."""
+        rates = hardware.flops
+        products = 2 * self.weights * (1 / rates["int8"] - 1 / rates.get(dtype, rates["float32"]))
+        return tokens * (products + (INT8_IN * self.inputs + INT8_OUT * self.outputs) / hardware.memory_rate)
+
+
+@cache
+def linears(arch: Architecture, component: str) -> Linears:
+    """Of "transformer" or "text_encoder". A double block has half of its layers for the image's tokens, half for the text's."""
+    rows = [
+        (0.5 if name.startswith("transformer_blocks.") else 1.0, layer)
+        for name, layer in block_linears(network(arch, component)).items()
+    ]
+    return Linears(
+        sum(share * layer.weight.numel() for share, layer in rows),
+        sum(share * layer.in_features for share, layer in rows),
+        sum(share * layer.out_features for share, layer in rows),
+    )
 
 
 def full_tokens(hardware: Hardware, dtype: str) -> int:

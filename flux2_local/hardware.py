@@ -37,7 +37,7 @@ class Hardware:
         cores: processor cores that this process may use.
         sm: CUDA compute capability as a number (89 for 8.9), or None.
         fast_dtypes: types whose matrix products run at the device's full rate, fastest first.
-        flops: FLOP/s of a large matrix product per dtype, where measured or known.
+        flops: FLOP/s of a large matrix product per dtype, where measured or known; "int8" where a CPU has instructions for it.
         memory_rate: bytes/s of device memory, read plus written.
         link_rate: bytes/s from page-locked host memory to the device.
         disk_rate: bytes/s of reading weights' files.
@@ -180,10 +180,13 @@ def card_rates(flops: float, fast: tuple[str, ...]) -> dict[str, float]:
 
 
 def cpu_rates(cores: int, fast: tuple[str, ...]) -> dict[str, float]:
-    """Rough FLOP/s per dtype: 150 GFLOP/s a core in float32 with AVX-512 or AMX, 1 TFLOP/s in bf16 with AMX."""
-    rates = {"float32": 150e9 * cores}
+    """Rough FLOP/s per dtype: 150 GFLOP/s a core in float32 with AVX-512 or AMX, 1 TFLOP/s in bf16 with AMX; int8 (VNNI, AMX) at twice
+    the rate of bf16."""
+    rates, flags = {"float32": 150e9 * cores}, cpu_flags()
     if "bfloat16" in fast:
-        rates["bfloat16"] = (1000e9 if "amx_bf16" in cpu_flags() else 300e9) * cores
+        rates["bfloat16"] = (1000e9 if "amx_bf16" in flags else 300e9) * cores
+    if flags & {"avx512_vnni", "amx_int8"}:
+        rates["int8"] = (2000e9 if "amx_int8" in flags else 600e9) * cores
     return rates
 
 

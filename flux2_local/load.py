@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from . import attention, weights
+from . import attention, heap, weights
 from . import lora as loras
 from .costs import Architecture
 from .files import cache_folder
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
+from .model.blocks import SCHEDULE
 from .model.compiled import compile_blocks
 from .model.language import LanguageConfig, LanguageModel
 from .model.meta import meta
@@ -105,6 +106,8 @@ def build(
         transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
         text_encoder = LanguageModel(arch.language, arch.text_layers)
     note = fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
+    for name in SCHEDULE:
+        getattr(transformer, name).to(DTYPES[plan.schedule])
     text_source = Source(checkpoint, "text_encoder")
     told: list[str] = []
 
@@ -123,6 +126,8 @@ def build(
         vae.fold_upsampling()
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if plan.keep_freed:  # not before: what reading the weights frees goes back to the system
+        heap.keep()
     components = Components(
         transformer=transformer,
         text_encoder=text_encoder,

@@ -19,17 +19,20 @@ from .choices import (
     choose_compile,
     choose_dtype,
     choose_format,
+    choose_freed,
     choose_ops,
+    conversion,
     figures_choice,
     folds,
     formats,
     layout_choice,
+    schedule_choice,
     upsampling_choice,
 )
 from .costs import Work
 from .errors import BudgetError
 from .hardware import Hardware
-from .presets import CachePolicy, show_bytes
+from .presets import CachePolicy, Tier, show_bytes
 from .request import Acceleration, Variant
 
 
@@ -94,6 +97,7 @@ class Plan:
         model, variant, acceleration: what was asked for.
         device: torch's name of the device that computes.
         dtype: of activations.
+        schedule: the type that timesteps, guidance and modulations are computed in.
         transformer, text_encoder, vae: format and placement of the three networks.
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
@@ -103,6 +107,7 @@ class Plan:
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
+        keep_freed: whether the process keeps host memory that it frees.
         encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first.
         place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, and decoding.
         peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
@@ -116,6 +121,7 @@ class Plan:
     acceleration: Acceleration
     device: str
     dtype: str
+    schedule: str
     transformer: ComponentPlan
     text_encoder: ComponentPlan
     vae: ComponentPlan
@@ -127,6 +133,7 @@ class Plan:
     vae_tile: int
     channels_last: bool
     fold_upsampling: bool
+    keep_freed: bool
     encode_seconds: float
     place_seconds: float
     step_seconds: float
@@ -169,6 +176,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     compile_choice = choose_compile(hardware, wishes.compiled)
     ops_choice = choose_ops(need, hardware, dtype, compile_choice.value != "off")
     cache_choice, cache = choose_cache(need)
+    freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
     limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
@@ -188,6 +196,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         acceleration=need.tier.name,
         device=hardware.device,
         dtype=dtype,
+        schedule=terms.schedule,
         transformer=component_plan(winner, need.model, dtype, "transformer"),
         text_encoder=component_plan(winner, need.model, dtype, "text_encoder"),
         vae=held,
@@ -199,6 +208,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
         fold_upsampling=folded,
+        keep_freed=freed_choice.value == "kept",
         encode_seconds=winner.seconds.encode,
         place_seconds=winner.seconds.place,
         step_seconds=winner.seconds.step,
@@ -209,13 +219,15 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         work=need.work,
         choices=(
             kind_choice,
-            choose_format(need.tier, dtype, wanted, winner, wishes.quantize),
+            schedule_choice(terms),
+            choose_format(need.tier, dtype, wanted, winner, wishes.quantize, conversion(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
             ops_choice,
             compile_choice,
             layout_choice(need.tier),
             upsampling_choice(need.tier, hardware, dtype),
+            freed_choice,
             cache_choice,
             batch_choice,
             figures_choice(hardware),
@@ -229,7 +241,7 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
 
     The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
     order of ``wanted`` (those measured faster here where the tier permits them, then the smallest loss) whose quickest candidate
-    takes no longer than the tier's patience times the quickest of all.
+    takes no longer than the tier's patience times the quickest of all, or leaves nothing to wish (:func:`content`).
 
     Args:
         fitting: candidates that fit, the quickest first.
@@ -241,14 +253,21 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
     quickest = faithful[0].seconds.total(work)
     for form in wanted:
         best = next((c for c in faithful if c.form is form), None)
-        if best is not None and best.seconds.total(work) <= tier.patience * quickest:
+        if best is not None and (best.seconds.total(work) <= tier.patience * quickest or content(best, tier)):
             break
     assert best is not None, "the quickest itself is within its own time"
     if best is faithful[0]:
         return best, "the fastest that fits" if best is fitting[
             0
         ] else "the fastest that fits with a loss that the tier allows"
+    if content(best, tier):
+        return best, "the fastest in 16 bit"
     return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
+
+
+def content(candidate: Candidate, tier: Tier) -> bool:
+    """Whether nothing but faster arithmetic could be gained by a format, and the tier does not want it for that."""
+    return candidate.form is None and candidate.layout.name == "resident" and not tier.quantize
 
 
 def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
@@ -256,6 +275,8 @@ def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
     seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
     if candidate.form is not winner.form and candidate.form is not None and candidate.form.loss > need.tier.loss:
         return f"layers' outputs {candidate.form.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
+    if seconds < best and content(winner, need.tier):
+        return f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
     return f"{seconds:.1f} s against {best:.1f} s"
@@ -288,7 +309,7 @@ def built(plan: Plan) -> tuple[Any, ...]:
     """The part of a plan that loading turns into weights and functions. Which blocks stay may change between requests."""
     networks = (replace(held, stay=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
     convolutions = plan.channels_last, plan.fold_upsampling
-    return plan.device, plan.dtype, *networks, *convolutions, plan.attention, plan.ops, plan.compile
+    return plan.device, plan.dtype, plan.schedule, *networks, *convolutions, plan.attention, plan.ops, plan.compile
 
 
 def component_plan(winner: Candidate, model: str, dtype: str, component: str) -> ComponentPlan:

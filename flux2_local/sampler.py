@@ -40,12 +40,12 @@ class Conditions:
 
 
 def modulations(
-    transformer: Flux2Transformer, schedule: Schedule, guidance: float | None, dtype: torch.dtype, device: torch.device
+    transformer: Flux2Transformer, schedule: Schedule, guidance: float | None, device: torch.device
 ) -> list[Modulation]:
-    """One :class:`Modulation` per step. Timesteps are rounded as the pipelines round them, in the latents' type."""
+    """One :class:`Modulation` per step. Timesteps are rounded as the pipelines round them, to the type of the parts that read them."""
     table = []
     for sigma in schedule.sigmas[:-1]:
-        timestep = (torch.tensor(sigma, device=device) * 1000).to(dtype)
+        timestep = (torch.tensor(sigma, device=device) * 1000).to(transformer.schedule_dtype)
         table.append(transformer.modulation(timestep / 1000, guidance))
     return table
 
@@ -73,7 +73,7 @@ def denoise(
         [B, N, C], the dtype of ``noise``.
     """
     c, device = conditions, noise.device
-    table = modulations(transformer, schedule, c.guidance if c.embedded else None, noise.dtype, device)
+    table = modulations(transformer, schedule, c.guidance if c.embedded else None, device)
     context = transformer.context(c.text).expand(len(noise), -1, -1)
     negative = None if c.negative is None else transformer.context(c.negative).expand(len(noise), -1, -1)
     references = None if c.references is None else c.references.expand(len(noise), -1, -1)

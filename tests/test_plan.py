@@ -11,9 +11,12 @@ from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, fit, survey
 from flux2_local.hardware import from_preset, probe
+from flux2_local.model.blocks import SCHEDULE
 from flux2_local.offload.tensors import ALIGNMENT
 from flux2_local.plan import Wishes, built, explain, make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
+from flux2_local.sampler import modulations
+from flux2_local.schedule import make_schedule
 
 
 def need(name="klein-4b", variant="standard", tier="regular", work=None):
@@ -57,12 +60,38 @@ def test_what_runs_is_what_the_plan_says(dev_folder, tier):
     flux = Flux2.load(dev_folder, acceleration=tier)
     plan, c = flux.plan, flux._components
     for held, module in ((plan.transformer, c.transformer), (plan.text_encoder, c.text_encoder), (plan.vae, c.vae)):
-        own = {p.dtype for p in module.parameters()}
+        own = {p.dtype for name, p in module.named_parameters() if not name.startswith(SCHEDULE)}
         assert own == {load.DTYPES[held.format]}
         assert {str(p.device) for p in module.parameters()} == {plan.device}
+    assert {p.dtype for n, p in c.transformer.named_parameters() if n.startswith(SCHEDULE)} == {
+        load.DTYPES[plan.schedule]
+    }
     conv = c.vae.decoder.up_blocks[0].resnets[0].conv1.weight
     assert conv.is_contiguous(memory_format=torch.channels_last) == plan.channels_last
     assert plan.acceleration == tier and explain(plan) == str(plan)
+
+
+def test_sixteen_bit_has_the_exact_tiers_noise_levels(dev_folder):
+    """On a CPU, where that tier computes in float32: rounding its modulations once is all that lies between the tables."""
+    exact, half = (
+        Flux2.load(dev_folder, acceleration=tier, dtype=dtype)
+        for tier, dtype in (("none", "float32"), ("regular", "bfloat16"))
+    )
+    assert half.plan.schedule == "float32" and half._components.transformer.dtype == torch.bfloat16
+    schedule = make_schedule(exact.checkpoint.preset.recipe("standard"), 4, 1024)
+    tables = [modulations(f._components.transformer, schedule, 2.5, torch.device("cpu")) for f in (exact, half)]
+    for want, got in zip(*tables, strict=True):
+        for name in ("img", "txt", "single", "out"):
+            for a, b in zip(getattr(want, name), getattr(got, name), strict=True):
+                # The weights themselves were rounded, once, when the tier's were read.
+                assert b.dtype == torch.bfloat16 and (a - b).abs().max() <= 0.02 * a.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("device", "schedule"), [("cpu", "float32"), ("rtx-4090", "bfloat16"), ("apple-m3-max", "float16")]
+)
+def test_the_schedules_type_is_the_exact_tiers(device, schedule):
+    assert make_plan(need(), from_preset(device) if device != "cpu" else probe("cpu")).schedule == schedule
 
 
 def card(memory, ram="64GiB", **changes):

@@ -55,7 +55,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x), inplace=not torch.is_grad_enabled()))
         y = self.conv2(F.silu(self.norm2(y), inplace=not torch.is_grad_enabled()))
-        out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + y
+        out: Tensor = y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
         return out
 
 

@@ -280,6 +280,11 @@ class Flux2Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.x_embedder.weight.dtype
 
+    @property
+    def schedule_dtype(self) -> torch.dtype:
+        """Of the parts that only :meth:`modulation` uses; it may be wider than :attr:`dtype`."""
+        return self.norm_out.linear.weight.dtype
+
     def modulation(self, sigma: Tensor, guidance: float | None) -> Modulation:
         """What the step at noise level ``sigma`` needs.
 
@@ -287,18 +292,18 @@ class Flux2Transformer(nn.Module):
             sigma: 0-dimensional or [B], in [0, 1], already rounded to the dtype that the sampler works in.
             guidance: the guidance scale, or None for models without guidance embedding.
         """
-        timestep = sigma.reshape(-1).to(self.dtype) * 1000
-        scale = (
-            None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32).to(self.dtype) * 1000
-        )
+        kind = self.schedule_dtype
+        timestep = sigma.reshape(-1).to(kind) * 1000
+        scale = None if guidance is None else torch.full_like(timestep, guidance, dtype=torch.float32).to(kind) * 1000
         temb = self.time_guidance_embed(timestep, scale)
         out = self.norm_out.linear(F.silu(temb))[:, None].chunk(2, -1)
-        return Modulation(
+        parts = (
             self.double_stream_modulation_img(temb),
             self.double_stream_modulation_txt(temb),
             self.single_stream_modulation(temb),
             out,
         )
+        return Modulation(*(tuple(p.to(self.dtype) for p in part) for part in parts))
 
     def rotary(self, ids: Tensor) -> Rotary:
         """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64."""
