@@ -185,11 +185,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if row not in same:
             axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":")
             name = f"{row.name}: more than {row.seconds:g} s" if row.more_than else row.name
-            place, side = (
-                (0.98, "top") if row.more_than else (0.02, "bottom")
-            )  # the legend stands below, at the slow end
+            # The legend stands below, at the slow end.
             axes.annotate(
-                name, (row.seconds, place), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, va=side
+                name,
+                (row.seconds, 0.98 if row.more_than else 0.02),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                fontsize=8,
+                va="top" if row.more_than else "bottom",
             )
     axes.set_xscale("log")
     axes.set_xlabel("seconds a picture, median (logarithmic)")
