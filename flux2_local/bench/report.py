@@ -185,7 +185,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if row not in same:
             axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":")
             name = f"{row.name}: more than {row.seconds:g} s" if row.more_than else row.name
-            axes.annotate(name, (row.seconds, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+            # The legend stands below, at the slow end.
+            axes.annotate(
+                name,
+                (row.seconds, 0.98 if row.more_than else 0.02),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                fontsize=8,
+                va="top" if row.more_than else "bottom",
+            )
     axes.set_xscale("log")
     axes.set_xlabel("seconds a picture, median (logarithmic)")
     axes.set_ylabel(f"PSNR against none, dB (equal pictures at {EQUAL:g})")
