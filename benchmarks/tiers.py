@@ -35,6 +35,7 @@ from flux2_local.files import cache_folder
 from flux2_local.hardware import Hardware, probe
 from flux2_local.latents import image_positions, noise, pack, text_positions
 from flux2_local.load import DTYPES
+from flux2_local.model.blocks import SCHEDULE
 from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
@@ -155,6 +156,8 @@ class Bench:
             weights.assign(net, key, value)
         if plan.transformer.format not in DTYPES:
             convert(net, Recipe(plan.transformer.format, keep=plan.transformer.keep), DTYPES[plan.dtype], device)
+        for part in SCHEDULE:
+            getattr(net, part).to(DTYPES[plan.schedule])
         net.eval().requires_grad_(False)
         if plan.compile == "blocks":
             compile_blocks(net, cache_folder("compiled"))
