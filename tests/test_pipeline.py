@@ -82,18 +82,19 @@ def test_progress_counts_every_step_of_every_image(flux):
     assert stages == ["encode", "denoise", "decode", "finish"]
 
 
-def test_previews_are_small_pictures_of_what_is_coming(flux):
+def test_previews_are_small_pictures_of_what_is_coming(tiny):
+    """Of the bundled model: what random weights make of smaller latents is no smaller picture."""
     shots = []
-    result = flux.generate(
+    result = tiny.generate(
         "a boat",
         seed=3,
         progress=lambda p: shots.append(p.preview()) if p.preview else None,
         **{**FAST, "image_size": "square_hd"},
     )
-    assert len(shots) == 4 and all(max(shot.size) <= 256 for shot in shots)
+    assert len(shots) == 4 and all(max(shot.size) <= 512 < result.images[0].width for shot in shots)
     final = np.asarray(result.images[0].image.resize(shots[-1].size)).astype(int)
     errors = [np.abs(np.asarray(shot).astype(int) - final).mean() for shot in shots]
-    assert errors[-1] < errors[0]
+    assert errors[-1] < errors[0] / 2
 
 
 def test_cancelling_stops_within_one_step(flux):
