@@ -1,5 +1,6 @@
 """Many pictures through one model: what is denoised together, and that it changes no picture."""
 
+import statistics
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -32,9 +33,29 @@ def watch(monkeypatch, flux):
     return counts, caches
 
 
+def changes(monkeypatch, flux, step):
+    """How much the first block of each scene changes at ``step``."""
+    seen, plan = [], flux._plan_for
+
+    class Measured(sampler.StepCache):
+        def rest(self, added):
+            if self.step + 1 == step:
+                seen.append(float((added - self._first).abs().mean() / self._first.abs().mean()))
+            return super().rest(added)
+
+    never = CachePolicy(threshold=0.0, warmup=1, tail=1, limit=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(sampler, "StepCache", Measured)
+        patched.setattr(flux, "_plan_for", lambda *asked: replace(plan(*asked), cache=never))
+        for number, scene in enumerate(SCENES):
+            flux.generate(scene, seed=number, **SMALL)
+    return seen
+
+
 def test_a_picture_is_the_same_whatever_is_denoised_with_it(tiny, monkeypatch):
     flux, plan = tiny, tiny._plan_for
-    policy = CachePolicy(threshold=0.18, warmup=3, tail=1, limit=2)
+    between = statistics.median(changes(monkeypatch, flux, 3))
+    policy = CachePolicy(threshold=between, warmup=3, tail=1, limit=2)
     monkeypatch.setattr(flux, "_plan_for", lambda *asked: replace(plan(*asked), cache=policy))
     counts, caches = watch(monkeypatch, flux)
     alone = [flux.generate(scene, seed=n, **SMALL).images[0].data for n, scene in enumerate(SCENES)]
