@@ -33,8 +33,8 @@ at 768×768 (656 tokens) a twentieth at most, and at 1024×1024 no less (``pytho
 
 
 INT8_IN, INT8_OUT = 30, 20
-"""Bytes moved at the rate of a copy for each value that an int8 layer on a CPU rounds, and for each sum that it scales back, where
-``scripts/measure_int8.py`` was run: on one core of 19 GB/s they took 1.5 and 1.1 ns."""
+"""Bytes moved at the rate of a copy for each value that an int8 layer on a CPU rounds, and for each sum that it scales back. An
+estimate: CPU time of the layers of ``scripts/measure_int8.py`` on one busy core of 19 GB/s, where they took 1.5 and 1.1 ns."""
 
 CONVERTED = 215
 """Bytes moved, likewise, to make a weight int8 and keep it: klein-4B took 63 s more to load than in 16 bit on two cores of 25 GB/s
