@@ -174,8 +174,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 [r.seconds for r in mine], [height(r) for r in mine], color=colour, label=LEGEND[group], zorder=3
             )
     named: list[Row] = []
-    for row in sorted(same, key=lambda row: row.seconds):
-        near = sum(row.seconds < 1.5 * r.seconds and abs(height(row) - height(r)) < CLOSE for r in named)
+    for row in sorted(same, key=height, reverse=True):
+        near = sum(2 / 3 < row.seconds / r.seconds < 1.5 and height(r) - height(row) < CLOSE for r in named)
         place = (6, 4 - 10 * near)  # names of neighbours stand below each other
         axes.annotate(row.name, (row.seconds, height(row)), xytext=place, textcoords="offset points", fontsize=8)
         named.append(row)
@@ -185,7 +185,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if row not in same:
             axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":")
             name = f"{row.name}: more than {row.seconds:g} s" if row.more_than else row.name
-            # The legend stands below, at the slow end.
             axes.annotate(
                 name,
                 (row.seconds, 0.98 if row.more_than else 0.02),
@@ -201,6 +200,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower right")
+    axes.margins(y=0.12)
+    figure.legend(loc="outside lower center", ncols=len(LEGEND))
     with replacing(path) as part:
         figure.savefig(part, dpi=120, format="png")
