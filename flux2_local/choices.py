@@ -127,7 +127,7 @@ def choose_compile(hardware: Hardware, asked: bool | None) -> Choice:
             )
         return Choice("compile", "blocks", "asked for", (("off", "asked for"),))
     if asked is None and hardware.kind == "cpu":
-        lost = "7 s of tracing in every process and 30 s in the first, for 3 to 8 % of a step where that was measured"
+        lost = "seconds of tracing in every process, many in the first, for a few percent of a step"
     else:
         lost = "not asked for" if asked is None else "asked not to"
     return Choice("compile", "off", "fused operations leave it little", (("blocks", lost),))
@@ -179,9 +179,7 @@ def folds(tier: Tier, hardware: Hardware, dtype: str) -> bool:
 
 def upsampling_choice(tier: Tier, hardware: Hardware, dtype: str) -> Choice:
     if folds(tier, hardware, dtype):
-        why = (
-            "4/9 of the multiplications, within rounding; its convolutions were measured to take half the time on a CPU"
-        )
+        why = "4/9 of the multiplications, within rounding"
         return Choice("upsampling", "folded", why, (("plain", "it computes every doubled pixel"),))
     lost = "its weights are rounded sums" if tier.exact else f"it has not been measured on a {hardware.kind} device"
     return Choice(
