@@ -31,12 +31,10 @@ from flux2_local import Flux2
 from flux2_local.bench import environment
 from flux2_local.bench.worker import peak_resident
 from flux2_local.candidates import SYSTEM_RESERVE
-from flux2_local.cli.options import parse_size
 from flux2_local.errors import Flux2Error
 from flux2_local.hardware import probe
 from flux2_local.presets import parse_bytes, show_bytes
 from flux2_local.progress import Progress
-from flux2_local.request import make_request
 
 from . import synthetic, tiers
 
@@ -194,25 +192,17 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.budgets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=synthetic.SIZES, default="dev")
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best there is)")
+    parser = tiers.options("budgets", __doc__)
     parser.add_argument("--budget", action="append", help=f"device memory; may be given again ({', '.join(BUDGETS)})")
     parser.add_argument("--contender", action="append", choices=CONTENDERS, help="may be given again (default: all)")
-    parser.add_argument("--size", default="1024x1024", metavar="WIDTHxHEIGHT")
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/budgets-DATE.json)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
         print(json.dumps(work(Case(**json.loads(args.case)))))
         return
-    hardware = probe(args.device)
-    width, height = make_request("standard", {"prompt": "a", "image_size": parse_size(args.size)}).size
+    hardware, (width, height) = probe(args.device), args.size
     budgets: Sequence[int] = [parse_bytes(text) for text in args.budget or BUDGETS] if hardware.kind == "cuda" else [0]
-    record = environment.record() | (dict(environment.card(hardware.device)) if hardware.kind == "cuda" else {})
+    record = environment.record(hardware.device)
     record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rows": []}
     for budget, contender in itertools.product(budgets, args.contender or CONTENDERS):
         case = Case(contender, args.model, hardware.device, budget, width, height, args.steps)

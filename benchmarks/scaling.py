@@ -207,7 +207,7 @@ def main() -> None:
     device = torch.device(hardware.device)
     groups = chosen(args.model, hardware)
     dtype = hardware.fast_dtypes[0]
-    record = environment.record() | (dict(environment.card(hardware.device)) if device.type == "cuda" else {})
+    record = environment.record(hardware.device)
     record |= {"dtype": dtype, "rounds": args.rounds, "rates": rates.measure(hardware.device, [dtype], seconds=0.5)}
     for group in groups:
         measure(group, device, args.rounds)

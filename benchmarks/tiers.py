@@ -259,19 +259,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def options(kind: str, about: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of full-size models, ``kind`` its module's and its results' name."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tiers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{kind}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=synthetic.SIZES, default="dev")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best there is)")
-    parser.add_argument("--size", default="1024x1024", metavar="WIDTHxHEIGHT")
+    parser.add_argument("--size", type=pixels, default="1024x1024", metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--out", type=Path, help=f"the JSON file (default benchmarks/results/{kind}-DATE.json)")
+    return parser
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height that a request may have."""
+    return make_request("standard", {"prompt": "a", "image_size": parse_size(text)}).size
+
+
+def main() -> None:
+    parser = options("tiers", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="pictures each, the first left out (default 3)")
-    parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/tiers-DATE.json)")
     args = parser.parse_args()
-    hardware = probe(args.device)
-    width, height = make_request("standard", {"prompt": "a", "image_size": parse_size(args.size)}).size
+    hardware, (width, height) = probe(args.device), args.size
     with tempfile.TemporaryDirectory() as scratch:
         folder = synthetic.folder(args.model, Path(scratch) / args.model)
         check_memory(folder, hardware)
@@ -281,7 +291,7 @@ def main() -> None:
         measured = rates.measure(hardware.device, dtypes, seconds=0.5)
         measure(contenders, bench.device, args.rounds)
         rows = figures(contenders, bench, measured)
-    record = environment.record() | (dict(environment.card(hardware.device)) if hardware.kind == "cuda" else {})
+    record = environment.record(hardware.device)
     record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rates": measured, "rows": rows}
     path = environment.keep(record, "tiers", args.out)
     print(f"{table(rows)}\nwritten: {path}")

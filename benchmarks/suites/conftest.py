@@ -28,10 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """The same record of the environment as every other result's."""
-    machine_info["flux2-local"] = environment.record()
-    device = probe(config.getoption("--device")).device
-    if device.startswith("cuda"):
-        machine_info["card"] = dict(environment.card(device))
+    machine_info["flux2-local"] = environment.record(probe(config.getoption("--device")).device)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ Lines = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """Which engine is wanted.
 
     Attributes:

@@ -48,9 +48,9 @@ def software() -> Iterator[tuple[str, Any]]:
         yield "changed", bool(said("git", "status", "--porcelain", "--untracked-files=no"))
 
 
-def record() -> dict[str, Any]:
-    """Software and processor."""
-    return dict(software()) | {"device": processor()}
+def record(device: str = "cpu") -> dict[str, Any]:
+    """Software, processor, and the card where ``device`` is one."""
+    return dict(software()) | {"device": processor()} | (dict(card(device)) if device.startswith("cuda") else {})
 
 
 def card(device: str) -> Iterator[tuple[str, Any]]:

@@ -99,20 +99,18 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
             f"The judge knows the bundled model's scenes and nothing else, so it cannot judge {wanted.model}. "
             "Measure that without it: flux2-local bench."
         )
-    record: dict[str, Any] = environment.record()
+    hardware = probe(wanted.device)
+    record = environment.record(hardware.device)
     path = wanted.out or files.free_name(environment.place(record, "speed"))
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Name the JSON file to write, such as --out {path / 'speed.json'}.")
     files.check_folder(path.absolute().parent, 2**20, "--out")
-    hardware = probe(wanted.device)
     steps = wanted.steps or checkpoint.preset.recipe("standard").steps
     subjects = [Subject(wanted.model, hardware.device, width, height, steps) for width, height in wanted.sizes]
     rules = wanted.rules
     if rules.apart is None:
         rules = replace(rules, apart=not fit_together(wanted.contenders, subjects[0]))
     prompts = PROMPTS if wanted.judged is None else wanted.judged.prompts
-    if hardware.kind == "cuda":
-        record |= dict(environment.card(hardware.device))
     reached = rates.measure(hardware.device, sorted({"float32", *hardware.fast_dtypes}), seconds=0.5)
     record |= {"rates": reached, "model": wanted.model, "steps": steps, **asdict(rules)}
     record |= {"prompts": prompts[: rules.rounds], "rounds_done": {}, "held_against": {}, "rows": [], "refused": {}}

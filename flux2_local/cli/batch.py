@@ -18,7 +18,7 @@ from . import generate, options
 from .progress import Meter, duration, speed
 
 if TYPE_CHECKING:
-    from ..batch.choice import Choice
+    from ..batch.choice import EngineChoice
     from ..batch.job import Job
     from ..batch.run import Batch, Target
 
@@ -141,7 +141,7 @@ def batch(
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    from ..batch.choice import Choice
+    from ..batch.choice import EngineChoice
     from ..batch.run import Target
 
     defaults = {
@@ -163,7 +163,7 @@ def batch(
 
         require_parquet()
     names = [name.strip() for name in devices.split(",")] if devices else []
-    choice = Choice(loading, engine, names, workers, threads)
+    choice = EngineChoice(loading, engine, names, workers, threads)
     job = read_job(prompts, input_format, loading, defaults, (grid, seeds, repeat, job_seed), strict, as_json)
     target = Target(output, layout, shard_size, resume, overwrite)
     if dry_run:
@@ -257,7 +257,7 @@ def predict(job: Job, target: Target, loading: dict[str, Any], as_json: bool) ->
         print(share.plan)
 
 
-def run(job: Job, target: Target, choice: Choice, parquet: bool, as_json: bool, quiet: bool) -> None:
+def run(job: Job, target: Target, choice: EngineChoice, parquet: bool, as_json: bool, quiet: bool) -> None:
     """Open the folder, load, make the pictures, say how it went.
 
     Raises:
