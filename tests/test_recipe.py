@@ -17,7 +17,7 @@ from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import autoencoder, flow, latents, layout, network
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.language import TOLD, Teller, told
-from scripts.train_tiny.render import render, spots
+from scripts.train_tiny.render import CELL, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
 from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
 
@@ -127,6 +127,7 @@ def test_things_lie_in_their_spots(width, height):
     chosen = [s for s in scenes(1500) if len(s.things) == 1 and s.sign is None and s.time == "day"]
     chosen = [s for s in chosen if s.weather in ("clear", "cloudy") and s.ground != "sea"]
     assert {s.things[0].kind for s in chosen} == set(KINDS)
+    outlined = []
     for scene in chosen[:80]:
         (spot,) = spots(scene, width, height)
         bare = dataclasses.replace(scene, things=())
@@ -138,12 +139,18 @@ def test_things_lie_in_their_spots(width, height):
             max(0, round(spot.top)) : round(spot.bottom), max(0, round(spot.left)) : round(spot.right)
         ]
         assert covered.mean() > 0.2, scene.things
+        cells = there.any(-1).reshape(height // CELL, CELL, width // CELL, CELL).mean((1, 3)) > 0.5
+        outlined.append(((cells & spot.outline).sum(), spot.outline.sum(), cells.sum()))
+        assert outlined[-1][0] > 0.6 * outlined[-1][1], scene.things
+    both, outline, drawn = np.sum(outlined, 0)
+    assert both > 0.9 * outline and both > 0.7 * drawn  # of which some is footing
 
 
 def test_the_layout_spells_what_the_sign_says():
     signs = [s for s in scenes(300) if s.sign is not None and len(s.sign.word) <= 4 and not s.things]
     assert len(signs) > 3
-    kind, pose, letters = layout.layout(signs, (16, 16))
+    kind, pose, letters, outline = layout.layout(signs, (16, 16))
+    assert not outline.any()
     for scene, k, p, row in zip(signs, kind, pose, letters, strict=True):
         assert set(k.tolist()) == {0, layout.SIGN}
         assert p[k > 0][:, :2].abs().max() < 1.5
@@ -166,15 +173,17 @@ def test_tokens_around_things_are_all_of_theirs_and_some_others():
 
 def test_a_hidden_state_that_knows_the_layout_tells_it():
     torch.manual_seed(0)
-    kind, pose, letters = layout.layout([s for s in scenes(60) if s.sign][:4], (16, 16))
-    hidden = torch.cat([F.one_hot(kind, layout.SIGN + 1), pose, F.one_hot(letters, 27).flatten(2)], -1)
+    found = layout.layout([s for s in scenes(60) if s.sign and s.things][:4], (16, 16))
+    kind, pose, letters, outline = found
+    assert outline.any()
+    hidden = torch.cat([F.one_hot(kind, layout.SIGN + 1), pose, F.one_hot(letters, 27).flatten(2), outline], -1)
     hidden = F.pad(hidden.float(), (0, 256 - hidden.shape[-1]))
     teller = layout.Teller()
     trainer = torch.optim.Adam(teller.parameters(), lr=0.03)
-    before = float(teller(hidden, kind, pose, letters).detach())
+    before = float(teller(hidden, *found).detach())
     for _ in range(150):
         trainer.zero_grad()
-        loss = teller(hidden, kind, pose, letters)
+        loss = teller(hidden, *found)
         loss.backward()
         trainer.step()
     assert float(loss.detach()) < 0.1 * before
@@ -185,7 +194,7 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, kept
     run = Run(tmp_path, minutes=1)
     rng = np.random.default_rng(0)
     np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(64, 256, 128)).astype(np.float16))
-    samples = flow.Samples(run, {flow.SQUARE: 1.0}, kept)
+    samples = flow.Samples(run, {flow.SQUARE: 1.0}, (kept,))
     model = network.build()
     model.teller = layout.Teller()
     text, *rest = next(

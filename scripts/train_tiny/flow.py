@@ -31,7 +31,7 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
 SMALL, SQUARE = (8, 8), (16, 16)
-SHARES = {(24, 32): 3.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
+SHARES = {(24, 32): 6.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
 """How often sizes other than the square of 512 come up, beside its 5."""
 
 SHIFT = 6.0
@@ -45,7 +45,8 @@ TOLD = 0.5
 its things sooner, as aligning with another network's features does (arXiv:2410.06940); here the drawing itself knows."""
 
 SHARE = 0.375
-"""Of a picture's tokens, how many ``things`` computes."""
+"""Of a picture's tokens, how many are computed where only things are looked at: in ``things`` always, in ``flow`` in every
+other batch."""
 
 MAX_GUIDANCE = 10.0
 
@@ -81,23 +82,24 @@ class Batch:
 
     Attributes:
         latents: packed [B, N, 128], float16.
-        kind, pose, letters: what lies on their tokens, of :func:`~scripts.train_tiny.layout.layout`.
+        found: what lies on their tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
         prompts: what they show, in words.
         size: height and width in tokens.
+        kept: the share of their tokens that is to be computed.
     """
 
     latents: Tensor
-    kind: Tensor
-    pose: Tensor
-    letters: Tensor
+    found: tuple[Tensor, ...]
     prompts: list[str]
     size: tuple[int, int]
+    kept: float
 
 
 class Samples(IterableDataset[Batch]):
-    """Endless batches. ``shares`` says how often each size comes up, ``kept`` which part of their tokens is to be computed."""
+    """Endless batches. ``shares`` says how often each size comes up, ``kept`` which parts of their tokens are computed, in turn
+    by chance."""
 
-    def __init__(self, run: Run, shares: dict[tuple[int, int], float], kept: float = 1.0) -> None:
+    def __init__(self, run: Run, shares: dict[tuple[int, int], float], kept: tuple[float, ...] = (1.0,)) -> None:
         self.shares, self.kept = shares, kept
         self.tokens = TOKENS_PER_BATCH[run.device]
         self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
@@ -109,12 +111,12 @@ class Samples(IterableDataset[Batch]):
 
     def draw(self, rng: random.Random) -> Batch:
         size = rng.choices(list(self.shares), list(self.shares.values()))[0]
-        rows, (_, seed0) = self.rows[size], latents.BUCKETS[size]
-        count = self.tokens // (round(self.kept * rows.shape[1]) + TEXT_TOKENS)
+        rows, (_, seed0), kept = self.rows[size], latents.BUCKETS[size], rng.choice(self.kept)
+        count = self.tokens // (round(kept * rows.shape[1]) + TEXT_TOKENS)
         chosen = sorted(rng.sample(range(len(rows)), count))
         scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        return Batch(torch.from_numpy(rows[chosen]), *layout(scenes, size), prompts, size)
+        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, kept)
 
 
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
@@ -148,8 +150,8 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
     for batch in batches(run, samples):
         text = reader(said(batch.prompts, empty=0.1))
         x, sigma, target = noised(batch.latents.to(run.device).float())
-        found = [t.to(run.device) for t in (batch.kind, batch.pose, batch.letters)]
-        kept = around(found[0], samples.kept)
+        found = [t.to(run.device) for t in batch.found]
+        kept = around(found[0], batch.kept)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
         rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
         yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
@@ -164,13 +166,14 @@ def flow_loss(
     kind: Tensor,
     pose: Tensor,
     letters: Tensor,
+    outline: Tensor,
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
     weight = 1 + (STRESS - 1) * (kind > 0)
-    told = model.teller(hidden[TOLD_AFTER], kind, pose, letters)
+    told = model.teller(hidden[TOLD_AFTER], kind, pose, letters, outline)
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 
@@ -181,14 +184,15 @@ def train_small(run: Run) -> None:
 
 def train_things(run: Run) -> None:
     """Go on where things and signs are: three times as many pictures in the same time."""
-    train_on(run, shares(run), SHARE)
+    train_on(run, shares(run), (SHARE,))
 
 
 def train_flow(run: Run) -> None:
-    train_on(run, shares(run))
+    """Whole pictures, and in every other batch around things alone."""
+    train_on(run, shares(run), (SHARE, 1.0))
 
 
-def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: float = 1.0) -> None:
+def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: tuple[float, ...] = (1.0,)) -> None:
     torch._dynamo.config.recompile_limit = 64
     model = build()
     model.teller = Teller()

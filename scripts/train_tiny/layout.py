@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .latents import TOKEN
 from .network import CONFIG
-from .render import spots
+from .render import CELL, spots
 from .scenes import KINDS, Scene, Sign
 
 SIGN = len(KINDS) + 1
@@ -17,6 +17,7 @@ SIGN = len(KINDS) + 1
 
 LETTERS = 1 + 26
 POSE = 3
+CELLS = TOKEN // CELL
 
 STRESS = 5.0
 """How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
@@ -25,36 +26,40 @@ their shapes a part of that, while a prompt is mostly about them."""
 
 class Teller(nn.Module):
     """Tells from a hidden state in the middle of the network what lies on a token: nothing but landscape, a kind of thing
-    or a sign, where in it the token lies, and the letters under its left and right half."""
+    or a sign, where in it the token lies, the letters under its left and right half, and a thing's outline."""
 
     def __init__(self) -> None:
         super().__init__()
         width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
         self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
+        self.outline = nn.Linear(width, CELLS * CELLS)
 
-    def forward(self, hidden: Tensor, kind: Tensor, pose: Tensor, letters: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, kind: Tensor, pose: Tensor, letters: Tensor, outline: Tensor) -> Tensor:
         """How wrong it is; arguments after ``hidden`` as of :func:`layout`."""
-        out = self.layer(F.layer_norm(hidden.float(), hidden.shape[-1:]))
-        k, p, a, b = out.split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
+        hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
+        k, p, a, b = self.layer(hidden).split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
         there = (kind > 0).float()
         weight = 1 + (STRESS - 1) * there
         wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
         away = (there * (p - pose).square().mean(-1)).sum() / there.sum().clamp(min=1)
         board = (kind == SIGN).float()
+        drawn = F.binary_cross_entropy_with_logits(self.outline(hidden), outline, reduction="none").mean(-1)
+        shaped = ((there - board) * drawn).sum() / (there - board).sum().clamp(min=1)
         spelt = sum(
             (board * F.cross_entropy(x.transpose(1, 2), letters[..., i], reduction="none")).sum()
             for i, x in enumerate((a, b))
         ) / (2 * board.sum().clamp(min=1))
-        return wrong + away + spelt
+        return wrong + away + spelt + shaped
 
 
-def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What lies on every token: its kind [B, N], 0 for landscape; where in it the token's middle lies and how large it is
-    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none."""
+    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things cover [B, N, 16]."""
     height, width = bucket
     kind = np.zeros((len(scenes), height, width), np.int64)
     pose = np.zeros((len(scenes), height, width, POSE), np.float32)
     letters = np.zeros((len(scenes), height, width, 2), np.int64)
+    outline = np.zeros((len(scenes), height * CELLS, width * CELLS), bool)
     for i, scene in enumerate(scenes):
         for spot in spots(scene, width * TOKEN, height * TOKEN):
             left, top, right, bottom = (v / TOKEN for v in (spot.left, spot.top, spot.right, spot.bottom))
@@ -64,6 +69,8 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
             kind[i, rows, columns] = SIGN if isinstance(spot.what, Sign) else 1 + KINDS.index(spot.what.kind)
             at = ((x - left) / (right - left), (y - top) / (bottom - top))
             pose[i, rows, columns] = np.stack([2 * at[0] - 1, 2 * at[1] - 1, np.full_like(x, np.log(bottom - top))], -1)
+            if spot.outline is not None:
+                outline[i] |= spot.outline
             if isinstance(spot.what, Sign):
                 start, upper, advance, tall = (v / TOKEN for v in spot.letters)
                 row = int(upper + tall / 2)
@@ -71,10 +78,12 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
                     index = np.floor((x[0] - 0.25 + half / 2 - start) / advance).astype(int)
                     under = [ord(spot.what.word[n]) - 64 if 0 <= n < len(spot.what.word) else 0 for n in index]
                     letters[i, row, columns, half] = under
+    cells = outline.reshape(len(scenes), height, CELLS, width, CELLS).transpose(0, 1, 3, 2, 4)
     return (
         torch.from_numpy(kind).flatten(1),
         torch.from_numpy(pose).flatten(1, 2),
         torch.from_numpy(letters).flatten(1, 2),
+        torch.from_numpy(cells.astype(np.float32)).flatten(3).flatten(1, 2),
     )
 
 

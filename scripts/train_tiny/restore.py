@@ -29,7 +29,7 @@ def keep(run: Run, name: str, weights: dict[str, Tensor]) -> None:
     if path.exists():
         print(f"restore: {path} is there already", flush=True)
         return
-    state = {f"{kind}.{k}": v.detach().float() for kind in ("model", "ema") for k, v in weights.items()}
+    state = {f"{kind}.{k}": v.detach().float().clone() for kind in ("model", "ema") for k, v in weights.items()}
     save_state(path, state, {"step": STEP, "seen": 0})
     print(f"restore: {path}", flush=True)
 

@@ -64,16 +64,20 @@ def denoise(
     return states
 
 
+def unpacked(vae: AutoencoderKLFlux2, packed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Packed normalised latents [B, h·w, 128] -> the autoencoder's own [B, 32, 2h, 2w]."""
+    h, w = grid
+    z = packed.transpose(1, 2).unflatten(2, grid)
+    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    z = z * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
+    z = z.reshape(-1, 32, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(-1, 32, 2 * h, 2 * w)
+    return z.contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def decode(vae: AutoencoderKLFlux2, packed: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Packed normalised latents -> uint8 pictures [B, H, W, 3]."""
-    h, w = grid
-    z = packed.transpose(1, 2).unflatten(2, grid)
-    z = z * torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1) + vae.bn.running_mean.view(
-        1, -1, 1, 1
-    )
-    z = z.reshape(-1, 32, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(-1, 32, 2 * h, 2 * w)
-    x = torch.cat([vae.decode(one[None]).sample for one in z.contiguous(memory_format=torch.channels_last)])
+    x = torch.cat([vae.decode(one[None]).sample for one in unpacked(vae, packed, grid)])
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
