@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
-from scripts.train_tiny import autoencoder, flow, latents, layout, network
+from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, steps
 from scripts.train_tiny.captions import caption, rich
+from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
@@ -256,6 +258,23 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     fresh = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4))
     load_ema(first.path, fresh)
     assert torch.equal(fresh[0].weight, first.average["0.weight"])
+
+
+def test_training_goes_on_from_an_exported_folder(tmp_path):
+    run = Run(tmp_path, minutes=1, device="cpu")  # run.out is the bundled model
+    restore.train(run)
+    model, vae = network.build(), latents.load_autoencoder(run)
+    load_ema(tmp_path / "flow.safetensors", model)
+    bundled = Flux2Transformer2DModel.from_pretrained(run.out / "transformer", torch_dtype=torch.float32)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in bundled.named_parameters())
+    weights = load_file(run.out / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, p in (*vae.named_parameters(), ("bn.running_mean", vae.bn.running_mean)):
+        assert torch.equal(p, weights[name].float()), name
+    adapter = steps.Adapter(model)
+    before = {name: p.clone() for name, p in adapter.named_parameters()}
+    load_ema(tmp_path / "turbo.safetensors", adapter)
+    assert not any(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
+    assert Reader(run)(["a red boat"]).shape == (1, network.TEXT_TOKENS, 384)
 
 
 def test_the_teller_answers_every_question():
