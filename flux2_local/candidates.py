@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +10,8 @@ from . import costs, footprint, quant
 from .costs import WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
-from .offload.streamed import RING
+from .homes import Home, Traveller, homes
+from .offload.streamed import READ_AHEAD, RING
 from .presets import Tier, show_bytes, tiers
 from .request import Variant
 
@@ -102,7 +104,7 @@ class Candidate:
         form: the weights' format, or None for the compute type.
         layout: where the networks are.
         stay: numbers of the transformer's blocks that stay, where it streams.
-        mapped: components that come from their files, since host memory is too small for them.
+        homes: where each network waits that is not on the device all the time.
         tile: side of a decoding tile, or 0.
         seconds: predicted.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
@@ -114,7 +116,7 @@ class Candidate:
     form: quant.Format | None
     layout: Layout
     stay: tuple[int, ...]
-    mapped: tuple[str, ...]
+    homes: Mapping[str, Home]
     tile: int
     seconds: Seconds
     peak: int
@@ -249,25 +251,32 @@ class Draft:
                 return stay
         return ()
 
-    def host(self) -> tuple[tuple[str, ...], int]:
-        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then."""
-        held = {n: self.weights(n) for n in ("text_encoder", "transformer", "vae") if self.placement(n) != "resident"}
-        mapped: list[str] = []
-        while True:
-            total = sum(w.total for n, w in held.items() if n not in mapped)
-            total += sum(2 * max(w.blocks) + w.hosted for n, w in held.items() if n in mapped and w.blocks)
-            left = [n for n in held if n not in mapped]
-            if total <= max(0, self.terms.hardware.ram - HOST_RESERVE) or not left:
-                return tuple(mapped), total
-            mapped.append(left[0])
+    def homes(self, stay: tuple[int, ...]) -> dict[str, Home]:
+        """Where the networks that leave the device wait: what is used most often has host memory first."""
+        travellers = {
+            name: Traveller(self.weights(name), self.placement(name) == "streamed", stay if name == "transformer" else ())
+            for name in ("vae", "transformer", "text_encoder")
+            if self.placement(name) != "resident"
+        }
+        return homes(travellers, self.room)
 
-    def rate(self, component: str, mapped: tuple[str, ...]) -> float:
-        """Bytes per second at which a network that is not resident comes to the device."""
+    @property
+    def room(self) -> int:
+        """Bytes of host memory that weights may wait in."""
+        return max(0, self.terms.hardware.ram - HOST_RESERVE)
+
+    def rate(self, home: Home) -> float:
+        """Bytes per second at which what is not in page-locked memory comes to the device."""
         hardware = self.terms.hardware
-        link = hardware.link_rate * (1 if self.placement(component) == "streamed" else PAGEABLE)
-        return min(link, hardware.disk_rate) if component in mapped else link
+        link = hardware.link_rate * PAGEABLE
+        return link if home.whole else min(link, hardware.disk_rate)
 
-    def seconds(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> Seconds:
+    def stream(self, stay: tuple[int, ...], home: Home) -> costs.Stream:
+        """How a network's blocks come to the device."""
+        hardware = self.terms.hardware
+        return costs.Stream(stay, hardware.link_rate, RING, home.mapped, hardware.disk_rate, READ_AHEAD)
+
+    def seconds(self, stay: tuple[int, ...], found: Mapping[str, Home], tile: int) -> Seconds:
         """Predicted seconds."""
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
@@ -275,19 +284,22 @@ class Draft:
         compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
         encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
-        decode += self.visiting("vae") / self.rate("vae", mapped)
-        place, step, rate = 0.0, compute, self.rate("transformer", mapped)
-        if self.layout.transformer == "staged":
-            place = self.weights("transformer").total / rate
-        elif self.layout.transformer == "streamed":
+        if home := found.get("vae"):
+            decode += self.weights("vae").total / self.rate(home)
+        place, step = 0.0, compute
+        if home := found.get("transformer"):
             held = self.weights("transformer")
-            first, step = costs.stream_seconds(compute, held.blocks, stay, rate, RING)
-            place = first - step + (held.rest + held.schedule) / (rate * PAGEABLE)
-        rate = self.rate("text_encoder", mapped)
-        if self.layout.text_encoder == "staged":
-            encode += self.weights("text_encoder").total / rate
-        elif self.layout.text_encoder == "streamed":
-            encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
+            if self.layout.transformer == "staged":
+                place = held.total / self.rate(home)
+            else:
+                first, step = costs.stream_seconds(compute, held.blocks, self.stream(stay, home))
+                place = first - step + (held.rest + held.schedule) / self.rate(home)
+        if home := found.get("text_encoder"):
+            held = self.weights("text_encoder")
+            if self.layout.text_encoder == "staged":
+                encode += held.total / self.rate(home)
+            else:
+                encode, _ = costs.stream_seconds(encode, held.blocks, self.stream((), home))
         return Seconds(encode, place, step, decode, compute)
 
     def beyond(self, component: str, work: Work) -> float:
@@ -312,46 +324,57 @@ class Draft:
         """Why it does not fit, or ""."""
         if peak > self.terms.limit:
             return f"needs {show_bytes(peak)}, {show_bytes(self.terms.limit)} may be used"
-        most = max(0, self.terms.hardware.ram - HOST_RESERVE)
-        if self.terms.hardware.kind == "cuda" and host > most:
-            return f"needs {show_bytes(host)} of host memory, {show_bytes(most)} may be used"
+        if self.terms.hardware.kind == "cuda" and host > self.room:
+            return f"needs {show_bytes(host)} of host memory, {show_bytes(self.room)} may be used"
         return ""
 
     def candidate(self) -> Candidate:
         """With whole pictures decoded where they fit, as many blocks staying as fit, and as much in host memory as fits."""
-        stay, (mapped, host) = self.stay(), self.host()
+        stay = self.stay()
+        found = self.homes(stay)
+        host = sum(home.size for home in found.values())
         others = max(self.denoising(stay), self.encoding())
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
         peak = max(others, self.pixels(tile))
         return Candidate(
-            name=self._name(stay, mapped, tile),
+            name=self._name(stay, found, tile),
             form=self.form,
             layout=self.layout,
             stay=stay,
-            mapped=mapped,
+            homes=found,
             tile=tile,
-            seconds=self.seconds(stay, mapped, tile),
+            seconds=self.seconds(stay, found, tile),
             peak=peak,
             host=host,
             disk=self.disk(),
             problem=self.problem(peak, host),
-            reason=self._reason(stay, mapped),
+            reason=self._reason(stay, found),
         )
 
-    def _name(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> str:
+    def _name(self, stay: tuple[int, ...], found: Mapping[str, Home], tile: int) -> str:
         weights = "" if self.form is None else f"{self.form.name} weights, "
         count = len(self.weights("transformer").blocks)
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
-        files = f", {' and '.join(n.replace('_', ' ') for n in mapped)} from disk" if mapped else ""
+        parts = [self._from_disk(name, home, stay) for name, home in found.items() if not home.whole]
+        files = f", {' and '.join(parts)} from disk" if parts else ""
         return f"{weights}{self.layout.name}{blocks}{files}, {f'decoded in {tile}-pixel tiles' if tile else 'decoded whole'}"
 
-    def _reason(self, stay: tuple[int, ...], mapped: tuple[str, ...]) -> str:
+    def _from_disk(self, name: str, home: Home, stay: tuple[int, ...]) -> str:
+        """What of a network comes from its files, in words: of the transformer, what does so in every step where anything does."""
+        what, count = name.replace("_", " "), len(self.weights(name).blocks)
+        moving = set(range(count)) - set(stay if name == "transformer" else ())
+        often = moving & set(home.mapped)
+        if not home.mapped or len(often) == count:
+            return what
+        return f"{len(often)} of {len(moving)} moving {what} blocks" if often else f"what stays of the {what}"
+
+    def _reason(self, stay: tuple[int, ...], found: Mapping[str, Home]) -> str:
         if self.layout.transformer != "streamed":
             return self.layout.reason
-        seconds = self.seconds(stay, mapped, 0)
-        moving = self.weights("transformer").moving(stay) / self.rate("transformer", mapped)
+        seconds = self.seconds(stay, found, 0)
+        moving = self.stream(stay, found["transformer"]).moving(self.weights("transformer").blocks)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
         return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"

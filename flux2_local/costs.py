@@ -206,30 +206,59 @@ def layer_values(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
 
 
-def stream_seconds(
-    compute: float, sizes: tuple[int, ...], stay: tuple[int, ...], rate: float, ring: int, steps: int = 4
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Stream:
+    """How a network's blocks come to the device.
+
+    Attributes:
+        stay: numbers of those that come once.
+        rate: bytes per second of copying from host memory.
+        ring: buffers on the device for those that do not stay.
+        mapped: numbers of those that are read from their files first.
+        disk: bytes per second of reading files.
+        ahead: blocks that are read before they are sent for.
+    """
+
+    stay: tuple[int, ...]
+    rate: float
+    ring: int
+    mapped: tuple[int, ...] = ()
+    disk: float = math.inf
+    ahead: int = 2
+
+    def moving(self, sizes: tuple[int, ...]) -> float:
+        """Seconds that the link or the disk, whichever is busy longer, takes for the blocks of ``sizes`` that come in every step."""
+        numbers = set(range(len(sizes))) - set(self.stay)
+        return max(
+            sum(sizes[n] for n in numbers) / self.rate, sum(sizes[n] for n in numbers & set(self.mapped)) / self.disk
+        )
+
+
+def stream_seconds(compute: float, sizes: tuple[int, ...], stream: Stream, steps: int = 4) -> tuple[float, float]:
     """Seconds of the first step, which brings the blocks that stay as well, and of every other one, on the average.
 
     The schedule of :mod:`flux2_local.offload.streamed`, event by event: copies run one after another, each begins when a buffer
-    is free, and a block begins when the one before it is computed and its own copy has ended.
+    is free and its file is read, and a block begins when the one before it is computed and its own copy has ended. Files are read one
+    after another too, each from when an earlier one's block is sent for.
 
     Args:
         compute: seconds of a step with all weights at hand; each block takes the same share.
         sizes: bytes of every block, in the order of the calls.
-        stay: numbers of those that come once.
-        rate: of copying, in bytes per second.
-        ring: buffers for the others.
+        stream: how they come.
         steps: to go through.
     """
-    kept, link, now, ends = set(stay), 0.0, 0.0, []
-    freed = [0.0] * ring  # when each buffer was last free, the next to be filled first
+    kept, mapped, link, disk, now, ends = set(stream.stay), set(stream.mapped), 0.0, 0.0, 0.0, []
+    freed = [0.0] * stream.ring  # when each buffer was last free, the next to be filled first
+    asked = [0.0] * stream.ahead  # when each of the next files was asked for
     before = 0.0  # a copy is not begun before those of the blocks called earlier have begun
     for step in range(steps):
         for number, size in enumerate(sizes):
             if number not in kept or step == 0:
                 before = max(before, freed.pop(0) if number not in kept else 0.0)
-                link = max(link, before) + size / rate
+                if number in mapped:
+                    disk = max(disk, asked.pop(0)) + size / stream.disk
+                    asked.append(before)
+                link = max(link, before, disk if number in mapped else 0.0) + size / stream.rate
                 now = max(now, link)
             now += compute / len(sizes)
             if number not in kept:

@@ -32,7 +32,7 @@ from .quant import convert, disk
 from .quant.recipe import Recipe
 from .text.encode import PromptStyle
 from .text.kept import KeptPrompts
-from .text.memory import remembering
+from .text.memory import forgetting, remembering
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -162,9 +162,10 @@ def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
 
 
 def settle(components: Components, plan: Plan) -> None:
-    """Let as many blocks stay on the device as ``plan`` says, which may change from one request to the next."""
+    """Let as many blocks stay on the device, and wait in host memory, as ``plan`` says, which may change from one request to the
+    next."""
     adapt(components.hold_transformer, plan.transformer)
-    adapt(components.hold_text_encoder, plan.text_encoder)
+    adapt(forgetting(components).hold_text_encoder, plan.text_encoder)
 
 
 @dataclass(frozen=True)

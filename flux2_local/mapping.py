@@ -42,6 +42,9 @@ AHEAD = 512 * 2**20
 POPULATE_READ = 22
 """Linux's ``MADV_POPULATE_READ``, from 5.14 on (include/uapi/asm-generic/mman-common.h); older ones refuse it, which is no harm."""
 
+REGIONS: dict[int, int] = {}
+"""Addresses of the files that are mapped: first byte -> one after the last. Weights there are never written to."""
+
 T = TypeVar("T")
 
 
@@ -81,7 +84,25 @@ def mapped(path: Path) -> mmap.mmap:
             return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         # Nothing is reserved for pages that could be written to: files may be larger than memory.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        return mmap.mmap(f.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        whole = mmap.mmap(f.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    REGIONS[start] = start + len(whole)
+    weakref.finalize(whole, REGIONS.pop, start).atexit = False
+    return whole
+
+
+def backed(value: Tensor) -> bool:
+    """Whether a plain host tensor lies in a mapped file, from which its pages come again once they were let go of."""
+    begin = value.data_ptr()
+    return any(start <= begin and begin + value.nbytes <= end for start, end in REGIONS.items())
+
+
+def release(value: Tensor) -> None:
+    """Take a tensor's pages out of this process where they are a file's (:func:`backed`); they come again when they are used."""
+    first = -(-value.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (value.data_ptr() + value.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and backed(value) and (function := advise()) is not None:
+        function(first, last - first, mmap.MADV_DONTNEED)
 
 
 def let_go(whole: mmap.mmap, begin: int, end: int) -> None:

@@ -67,14 +67,14 @@ class ComponentPlan:
         placement: where they are while it works and while it does not.
         keep: layers that are kept in the compute type although the format would cover them.
         stay: of a streamed network, numbers of the blocks that stay on the device while it works.
-        mapped: of a streamed network, whether the other blocks come from their files rather than from host memory.
+        mapped: of a streamed network, numbers of the blocks that come from their files rather than from host memory.
     """
 
     format: str
     placement: Placement
     keep: tuple[str, ...] = ()
     stay: tuple[int, ...] = ()
-    mapped: bool = False
+    mapped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,9 @@ def does_not_fit(terms: Terms, smallest: Draft) -> BudgetError:
 
 
 def built(plan: Plan) -> tuple[Any, ...]:
-    """The part of a plan that loading turns into weights and functions. Which blocks stay may change between requests."""
-    networks = (replace(held, stay=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
+    """The part of a plan that loading turns into weights and functions. Which blocks stay, and where the others wait, may change
+    between requests."""
+    networks = (replace(held, stay=(), mapped=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
     convolutions = plan.channels_last, plan.fold_upsampling
     return plan.device, plan.dtype, plan.schedule, *networks, *convolutions, plan.attention, plan.ops, plan.compile
 
@@ -316,7 +317,7 @@ def component_plan(winner: Candidate, model: str, dtype: str, component: str) ->
     """How the winner holds the transformer or the text encoder."""
     placement = winner.layout.transformer if component == "transformer" else winner.layout.text_encoder
     stay = winner.stay if component == "transformer" else ()
-    mapped = placement == "streamed" and component in winner.mapped
+    mapped = winner.homes[component].mapped if placement == "streamed" else ()
     if winner.form is None:
         return ComponentPlan(dtype, placement, stay=stay, mapped=mapped)
     recipe = quant.recipe_for(winner.form, model, component)

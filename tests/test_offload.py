@@ -26,11 +26,12 @@ def pixels(flux):
     return np.asarray(flux.generate("a red boat", **FIELDS).images[0].image)
 
 
-def streaming(folder, stay, text=(), **options):
+def streaming(folder, stay, text=(), mapped=(), **options):
     """A model whose transformer and text encoder stream, and their links."""
     flux = Flux2.load(folder, **options)
     c, links = flux._components, (SimulatedLink(), SimulatedLink())
-    holds = Streamed(c.transformer, links[0], stay), Streamed(c.text_encoder, links[1], text)
+    layers = [n for n in mapped if n < len(c.text_encoder.layers)]
+    holds = Streamed(c.transformer, links[0], stay, mapped), Streamed(c.text_encoder, links[1], text, layers)
     flux._components = replace(c, hold_transformer=holds[0], hold_text_encoder=holds[1])
     return flux, links
 
@@ -53,13 +54,26 @@ def test_pixels_are_those_of_a_resident_model_whatever_stays(dev_folder, expecte
     assert text_link.copied >= sum(block.size for block in holds[1].blocks)
 
 
+@pytest.mark.parametrize(
+    ("stay", "mapped"), [((), (1,)), ((), (0, 2, 4)), ((0, 2), (1, 2)), ((1, 3), range(5)), (range(5), range(5))]
+)
+def test_pixels_are_the_same_whatever_comes_from_files(dev_folder, expected, stay, mapped):
+    flux, (link, _) = streaming(dev_folder, stay, mapped=mapped)
+    hold = flux._components.hold_transformer
+    assert np.array_equal(pixels(flux), expected)
+    assert [n for n, block in enumerate(hold.blocks) if block.host is None] == list(mapped)
+    sizes = {n: hold.blocks[n].size for n in mapped}
+    once, ever = sum(sizes.values()), sum(size for n, size in sizes.items() if n not in stay)
+    assert once + 3 * ever <= link.loaded <= once + 3 * ever + streamed.RING * max(sizes.values())
+
+
 def test_the_bundled_models_pixels_with_steps_skipped(tiny):
     wanted = np.asarray(
         tiny.generate("a red boat", num_inference_steps=10, image_size="square", seed=1).images[0].image
     )
     assert tiny.plan.cache is not None
-    for stay in ((), (0, 3)):
-        flux, _ = streaming("tiny", stay)
+    for stay, mapped in (((), ()), ((0, 3), (1, 3, 5))):
+        flux, _ = streaming("tiny", stay, mapped=mapped)
         got = flux.generate("a red boat", num_inference_steps=10, image_size="square", seed=1)
         assert np.array_equal(np.asarray(got.images[0].image), wanted)
 
@@ -89,11 +103,23 @@ def test_a_merged_lora_streams(tmp_path, dev_folder):
     assert not np.array_equal(wanted, pixels(Flux2.load(dev_folder)))
 
 
-def test_other_blocks_may_stay_from_one_use_to_the_next(dev_folder, expected):
-    flux, _ = streaming(dev_folder, ())
-    for stay in ((0, 2), (3,), ()):
-        flux._components.hold_transformer.stay = frozenset(stay)
+def test_other_blocks_may_stay_and_be_pinned_from_one_use_to_the_next(dev_folder):
+    expected = pixels(Flux2.load(dev_folder, dtype="float32"))
+    flux, _ = streaming(dev_folder, (), dtype="float32")
+    hold = flux._components.hold_transformer
+    for stay, mapped in (((0, 2), ()), ((3,), (1, 3)), ((), (0, 1)), ((1,), ())):
+        hold.settle(stay, mapped)
+        assert [n for n, block in enumerate(hold.blocks) if block.host is None] == list(mapped)
         assert np.array_equal(pixels(flux), expected)
+
+
+def test_a_block_that_was_not_mapped_from_files_keeps_its_only_copy(dev_folder):
+    flux = Flux2.load(dev_folder, dtype="bfloat16")  # the files are in float32
+    wanted = pixels(flux)
+    hold = Streamed(flux._components.transformer, SimulatedLink())
+    flux._components = replace(flux._components, hold_transformer=hold)
+    hold.settle((), (0, 1))
+    assert not hold.mapped and np.array_equal(pixels(flux), wanted)
 
 
 def test_nothing_is_left_on_the_device_after_a_use_that_failed(dev_folder, expected):
@@ -169,10 +195,10 @@ class Timed(nn.Module):
             time.sleep(self.seconds)
 
 
-def timed(sizes, seconds, link, stay):
+def timed(sizes, seconds, link, stay, mapped=()):
     network = nn.Module()
     network.layers = nn.ModuleList(Timed(size, seconds, link, link.device) for size in sizes)
-    return network, Streamed(network, link, stay)
+    return network, Streamed(network, link, stay, mapped)
 
 
 def test_copies_run_while_blocks_compute():
@@ -198,25 +224,28 @@ def test_copies_run_while_blocks_compute():
 @pytest.mark.parametrize("name", ["dev", "klein-9b", "klein-4b"])
 @pytest.mark.parametrize("balance", [0.5, 0.9, 1.0, 1.2, 3.0])
 def test_the_schedule_takes_the_seconds_that_the_cost_model_says(name, balance):
-    """At full size, for all shares of blocks that stay; ``balance``: copying all blocks takes so many times the computing."""
+    """At full size, for all shares of blocks that stay; ``balance``: copying all blocks takes so many times the computing. A
+    sixteenth to all of the blocks come from files, which are read eight times as slowly."""
     sizes = footprint.weights(family_architecture(models()[name]), "transformer", "bfloat16", None).blocks
     compute, passes = 1.0, 6
     rate = sum(sizes) / (balance * compute)
-    for share in range(0, 65, 4):
+    mixtures = [(share, range(len(sizes))[::step]) for share in range(0, 65, 16) for step in (1, 3, 16)]
+    for share, mapped in [*((share, ()) for share in range(0, 65, 4)), *mixtures]:
         stay = costs.blocks_that_stay(sizes, max(sizes) * share / 64)
-        link = VirtualLink(rate)
-        network, hold = timed(sizes, compute / len(sizes), link, stay)
+        link = VirtualLink(rate, rate / 8)
+        network, hold = timed(sizes, compute / len(sizes), link, stay, mapped)
         ends = []
         with hold():
             for _ in range(passes):
                 for layer in network.layers:
                     layer()
                 ends.append(link.now)
-        first, step = costs.stream_seconds(compute, sizes, stay, rate, streamed.RING)
+        stream = costs.Stream(stay, rate, streamed.RING, tuple(mapped), rate / 8, streamed.READ_AHEAD)
+        first, step = costs.stream_seconds(compute, sizes, stream)
         assert (ends[-1] - ends[0]) / (passes - 1) == pytest.approx(step, rel=0.05), (share, len(stay))
         assert ends[0] == pytest.approx(first, rel=0.05), (share, len(stay))
-        moving = sum(size for number, size in enumerate(sizes) if number not in stay)
-        assert 0.999 * max(compute, moving / rate) <= step <= 1.2 * max(compute, moving / rate), (share, len(stay))
+        bound = max(compute, stream.moving(sizes))
+        assert 0.999 * bound <= step <= 1.2 * bound, (share, len(stay), len(mapped))
 
 
 def test_blocks_that_stay_range_from_none_to_all():

@@ -21,8 +21,7 @@ def place(network: nn.Module, device: torch.device, held: ComponentPlan) -> Hold
     from . import link, resident, staged, streamed
 
     if held.placement == "streamed":
-        way = link.MappedLink(device) if held.mapped else link.PinnedLink(device)
-        return streamed.Streamed(network, way, held.stay)
+        return streamed.Streamed(network, link.CudaLink(device), held.stay, held.mapped)
     return (resident if held.placement == "resident" else staged).hold(network, device)
 
 
@@ -43,8 +42,10 @@ class Later:
 
 
 def adapt(hold: Hold, held: ComponentPlan) -> None:
-    """Let other blocks stay from the next use on, where the network streams."""
+    """Let other blocks stay, and others wait in host memory, from the next use on, where the network streams."""
     from .streamed import Streamed
 
+    if isinstance(hold, Later):
+        hold = hold.hold or hold
     if isinstance(hold, Streamed) and held.placement == "streamed":
-        hold.stay = frozenset(held.stay)
+        hold.settle(held.stay, held.mapped)

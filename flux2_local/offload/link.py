@@ -6,6 +6,7 @@ A mark is a point in the device's work that other work can wait for. Copies run 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -13,9 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..mapping import READERS
 from .tensors import Packed
 
 Mark = Any
+
+STAGES = 2
+"""Page-locked buffers that blocks from files go through: one is filled while the other is copied."""
 
 
 class Link(Protocol):
@@ -23,8 +28,11 @@ class Link(Protocol):
 
     device: torch.device
 
-    def keep(self, block: Packed) -> None:
-        """Prepare the host's side of ``block``, once."""
+    def pin(self, block: Packed) -> None:
+        """Move ``block`` into host memory that copies to the device are fast from."""
+
+    def read(self, block: Packed) -> None:
+        """Begin to read a block that is not pinned from its files: it will be copied soon."""
 
     def copy(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
         """Begin to copy ``block`` into ``buffer`` on the device once ``after`` is passed; the mark of its end."""
@@ -39,20 +47,51 @@ class Link(Protocol):
         """Return when every copy has ended."""
 
 
-class PinnedLink:
-    """Blocks lie in page-locked host memory, each in one piece, and are copied by a stream of their own."""
+class CudaLink:
+    """Copies are made by a stream of their own.
+
+    Pinned blocks lie in page-locked host memory, each in one piece. The others stay where loading left them, mapped from their
+    files; a thread brings each through one of two page-locked buffers, and lets go of the files' pages behind it: what they need of
+    the host is two blocks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
+        self._stages: deque[tuple[Tensor, Mark]] = deque()
+        self._thread, self._readers = ThreadPoolExecutor(1, "weights"), ThreadPoolExecutor(READERS, "disk")
+        self._queued = False
 
-    def keep(self, block: Packed) -> None:
+    def pin(self, block: Packed) -> None:
         block.pack(pinned(block.size))
 
-    def copy(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
-        assert block.host is not None
-        return self._send(block.host, buffer, after)
+    def read(self, block: Packed) -> None:
+        block.read(self._readers)
 
-    def _send(self, source: Tensor, buffer: Tensor, after: Mark) -> Mark:
+    def copy(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
+        # Behind a block that the thread has still to bring every other one waits too: copies end in the order of the calls.
+        self._queued = self._queued or block.host is None
+        if not self._queued:
+            return self._send(block.host, buffer, after)
+        return self._thread.submit(self._bring, block, buffer, after)
+
+    def _bring(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
+        if block.host is not None:
+            return self._send(block.host, buffer, after)
+        stage, sent = self._stages.popleft() if len(self._stages) == STAGES else (None, None)
+        if sent is not None:
+            sent.synchronize()
+        if stage is None or len(stage) < block.size:
+            del stage  # before another is there
+            stage = pinned(block.size)
+        with torch.inference_mode():
+            block.fill(stage)
+        block.release()
+        sent = self._send(stage[: block.size], buffer, after)
+        self._stages.append((stage, sent))
+        return sent
+
+    def _send(self, source: Tensor | None, buffer: Tensor, after: Mark) -> Mark:
+        assert source is not None
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             self.stream.wait_event(after)
             buffer[: len(source)].copy_(source, non_blocking=True)
@@ -62,49 +101,13 @@ class PinnedLink:
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, mark: Mark) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
+        torch.cuda.current_stream(self.device).wait_event(mark.result() if isinstance(mark, Future) else mark)
 
     def drain(self) -> None:
+        if self._queued:
+            self._thread.submit(lambda: None).result()
         self.stream.synchronize()
-
-
-class MappedLink(PinnedLink):
-    """Blocks stay where loading left them, mapped from their files; a thread brings each through one of two pinned buffers.
-
-    For hosts whose memory cannot hold the weights: what they need of it is two blocks.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._largest, self._turn = 0, 0
-        self._stages: list[tuple[Tensor, Mark]] = []
-        self._thread = ThreadPoolExecutor(1, "weights")
-
-    def keep(self, block: Packed) -> None:
-        self._largest = max(self._largest, block.size)
-
-    def copy(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
-        return self._thread.submit(self._through, block, buffer, after)
-
-    def _through(self, block: Packed, buffer: Tensor, after: Mark) -> Mark:
-        if not self._stages:
-            self._stages = [(pinned(self._largest), None) for _ in range(2)]
-        self._turn = 1 - self._turn
-        stage, sent = self._stages[self._turn]
-        if sent is not None:
-            sent.synchronize()
-        with torch.inference_mode():
-            block.fill(stage)
-        sent = self._send(stage[: block.size], buffer, after)
-        self._stages[self._turn] = stage, sent
-        return sent
-
-    def wait(self, mark: Mark) -> None:
-        super().wait(mark.result() if isinstance(mark, Future) else mark)
-
-    def drain(self) -> None:
-        self._thread.submit(lambda: None).result()
-        super().drain()
+        self._queued = False
 
 
 def pinned(size: int) -> Tensor:

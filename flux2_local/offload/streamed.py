@@ -3,6 +3,8 @@
 Both sides wait only for what they need: a copy until the block that was in its buffer is computed, a block until its copy has
 ended. The ring goes on over the end of a step, so that the next step's first blocks are there when it begins. Blocks that stay
 come with the first step. In between two uses nothing is on the device.
+
+A block's home is host memory or, where that is short, the files that it was loaded from, of which the next ones are read ahead.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from .tensors import Packed, hang, hung, moved
 RING = 2
 """Buffers: one is computed from while the other is filled."""
 
+READ_AHEAD = 2
+"""Blocks that are read from their files before they are sent for."""
+
 HOSTED = "embed_tokens"
 """A table of which a call reads a few rows: it stays on the host, and the rows travel."""
 
@@ -35,9 +40,10 @@ class Streamed:
             first on, as step caching does, is allowed.
         link: the way to the device.
         stay: numbers of the blocks that stay while the network is in use, in the order that they are called.
+        mapped: numbers of the blocks that are left to their files; the others are pinned in host memory.
     """
 
-    def __init__(self, network: nn.Module, link: Link, stay: Iterable[int] = ()) -> None:
+    def __init__(self, network: nn.Module, link: Link, stay: Iterable[int] = (), mapped: Iterable[int] = ()) -> None:
         modules = repeated(network)
         self.link, self.stay = link, frozenset(stay)
         self.blocks = [Packed(module) for module in modules]
@@ -48,8 +54,8 @@ class Streamed:
         inside |= {id(table) for (table, _), _ in self._visitors}
         inside |= {id(table) for (table, _), _ in ([] if hosted is None else hung(hosted))}
         self._rest = [entry for entry in hung(network) if id(entry[0][0]) not in inside]
-        for block in self.blocks:
-            link.keep(block)
+        self.mapped = frozenset(range(len(self.blocks)))
+        self.settle(stay, mapped)
         for number, module in enumerate(modules):
             module.register_forward_pre_hook(partial(self._before, number))
             module.register_forward_hook(partial(self._after, number))
@@ -62,6 +68,16 @@ class Streamed:
         self._here: dict[int, tuple[Tensor, Mark]] = {}
         self._ring: deque[tuple[Tensor, Mark]] = deque()
         self._upcoming: int | None = None
+        self._coming: set[int] = set()
+
+    def settle(self, stay: Iterable[int], mapped: Iterable[int]) -> None:
+        """Let other blocks stay on the device, and others have their homes in host memory, from the next use on. A block that was
+        not mapped from files when it was pinned remains so."""
+        self.stay, mapped = frozenset(stay), frozenset(mapped)
+        left = {n for n in mapped - self.mapped if self.blocks[n].unpack()}
+        for number in sorted(self.mapped - mapped):
+            self.link.pin(self.blocks[number])
+        self.mapped = (self.mapped & mapped) | left
 
     def __call__(self) -> AbstractContextManager[None]:
         return self._held()
@@ -85,6 +101,7 @@ class Streamed:
             hang(self._rest)
             self._here.clear()
             self._ring.clear()
+            self._coming.clear()
             if self.link.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -126,7 +143,22 @@ class Streamed:
             number, block = self._upcoming, self.blocks[self._upcoming]
             buffer, free = (self._buffer(block.size), self.link.mark()) if number in self.stay else self._ring.popleft()
             self._here[number] = buffer, self.link.copy(block, buffer, free)
+            self._coming.discard(number)
             self._upcoming = self._following(number)
+            self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Have the files of the next mapped blocks read, :data:`READ_AHEAD` of them."""
+        number, found = self._upcoming, 0
+        for _ in self.blocks if self.mapped else ():
+            if number is None or found == READ_AHEAD:
+                return
+            if number in self.mapped:
+                found += 1
+                if number not in self._coming:
+                    self._coming.add(number)
+                    self.link.read(self.blocks[number])
+            number = self._following(number)
 
     def _following(self, number: int) -> int | None:
         """The next block that is still to be sent for: every one that streams, and those that stay the first time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..mapping import fetched
+from ..mapping import SLICE, backed, fetched, populate, release
 
 ALIGNMENT = 256
 """Of every tensor in a buffer, in bytes: what CUDA's own allocations have."""
@@ -81,6 +82,7 @@ class Packed:
     Attributes:
         size: bytes of such a buffer.
         host: the flat host buffer that the tensors lie in after :meth:`pack`; None while they lie where loading left them.
+        files: the tensors and their places as loading left them, where all are mapped from files and a copy is in ``host``.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -91,6 +93,7 @@ class Packed:
             self.offsets.append(self.size)
             self.size += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
         self.host: Tensor | None = None
+        self.files: tuple[list[Tensor], list[tuple[Place, Tensor]]] | None = None
         self._built: dict[int, list[tuple[Place, Tensor]]] = {}
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -111,11 +114,33 @@ class Packed:
     def pack(self, host: Tensor) -> None:
         """Move the tensors into ``host``, a flat buffer, and let go of where they were."""
         self.fill(host)
+        if all(backed(leaf) for leaf in self.plain):
+            self.release()
+            self.files = self.plain, self.home
         self.plain = self.views(host)
         inner = iter(self.plain)
         self.home = [(place, around(value, inner)) for place, value in self.home]
         self.host = host
         hang(self.home)
+
+    def unpack(self) -> bool:
+        """Give the host buffer up for the files that the tensors came from; whether that could be done."""
+        if self.files is None:
+            return False
+        (self.plain, self.home), self.files, self.host = self.files, None, None
+        hang(self.home)
+        return True
+
+    def read(self, readers: ThreadPoolExecutor) -> list[Future[None]]:
+        """Have ``readers`` bring the files' pages that the tensors are mapped from."""
+        spans = [(leaf.data_ptr(), leaf.nbytes) for leaf in self.plain]
+        slices = [(start + i, min(SLICE, size - i)) for start, size in spans for i in range(0, size, SLICE)]
+        return [readers.submit(populate, *one) for one in slices]
+
+    def release(self) -> None:
+        """Let go of the files' pages; those that are used again come again."""
+        for leaf in self.plain:
+            release(leaf)
 
     def use(self, buffer: Tensor) -> None:
         """Let the module compute with what lies in ``buffer``."""
