@@ -7,15 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_torch_compile import SIZES, forward, fresh, network  # noqa: F401
 from torch import nn
+from torch._dynamo.utils import counters
 
 from flux2_local import Flux2, costs, footprint
+from flux2_local import attention as backends
 from flux2_local.explore import family_architecture
+from flux2_local.model.compiled import compile_blocks
+from flux2_local.model.ops import REFERENCE
 from flux2_local.offload import streamed
 from flux2_local.offload.simulated import SimulatedLink, VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed, hung
 from flux2_local.presets import models
+from flux2_local.quant.convert import convert
+from flux2_local.quant.recipe import Recipe
 
 FIELDS = {"image_size": "square", "seed": 3, "num_inference_steps": 4, "enable_safety_checker": False}
 LAYERS = 30
@@ -44,27 +52,27 @@ def expected(dev_folder):
 @pytest.mark.parametrize("stay", [(), (0,), (0, 2, 4), (1, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4)])
 def test_pixels_are_those_of_a_resident_model_whatever_stays(dev_folder, expected, stay):
     text = tuple(range(0, LAYERS, 3))
-    flux, (link, text_link) = streaming(dev_folder, stay, text)
+    flux, (way, text_way) = streaming(dev_folder, stay, text)
     holds = flux._components.hold_transformer, flux._components.hold_text_encoder
     assert np.array_equal(pixels(flux), expected)
     sizes = [block.size for block in holds[0].blocks]
     moving = sum(size for number, size in enumerate(sizes) if number not in stay)
     ahead = sorted((size for number, size in enumerate(sizes) if number not in stay), reverse=True)[: streamed.RING]
-    assert sum(sizes) + 3 * moving <= link.copied <= sum(sizes) + 3 * moving + sum(ahead)
-    assert text_link.copied >= sum(block.size for block in holds[1].blocks)
+    assert sum(sizes) + 3 * moving <= way.copied <= sum(sizes) + 3 * moving + sum(ahead)
+    assert text_way.copied >= sum(block.size for block in holds[1].blocks)
 
 
 @pytest.mark.parametrize(
     ("stay", "mapped"), [((), (1,)), ((), (0, 2, 4)), ((0, 2), (1, 2)), ((1, 3), range(5)), (range(5), range(5))]
 )
 def test_pixels_are_the_same_whatever_comes_from_files(dev_folder, expected, stay, mapped):
-    flux, (link, _) = streaming(dev_folder, stay, mapped=mapped)
+    flux, (way, _) = streaming(dev_folder, stay, mapped=mapped)
     hold = flux._components.hold_transformer
     assert np.array_equal(pixels(flux), expected)
     assert [n for n, block in enumerate(hold.blocks) if block.host is None] == list(mapped)
     sizes = {n: hold.blocks[n].size for n in mapped}
     once, ever = sum(sizes.values()), sum(size for n, size in sizes.items() if n not in stay)
-    assert once + 3 * ever <= link.loaded <= once + 3 * ever + streamed.RING * max(sizes.values())
+    assert once + 3 * ever <= way.loaded <= once + 3 * ever + streamed.RING * max(sizes.values())
 
 
 def test_the_bundled_models_pixels_with_steps_skipped(tiny):
@@ -92,8 +100,6 @@ def test_guidance_with_two_passes_streams(klein_base_folder):
 
 
 def test_a_merged_lora_streams(tmp_path, dev_folder):
-    from safetensors.torch import save_file
-
     name, generator = "transformer.single_transformer_blocks.1.attn.to_out", torch.Generator().manual_seed(0)
     down, up = (torch.randn(*shape, generator=generator) for shape in ((4, 192), (48, 4)))
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
@@ -101,6 +107,20 @@ def test_a_merged_lora_streams(tmp_path, dev_folder):
     flux, _ = streaming(dev_folder, (1,), lora=str(tmp_path / "lora.safetensors"))
     assert np.array_equal(pixels(flux), wanted)
     assert not np.array_equal(wanted, pixels(Flux2.load(dev_folder)))
+
+
+@pytest.mark.parametrize("quantize", ["", "builtin-int8"])
+def test_compiled_blocks_stream(fresh, tmp_path, quantize):  # noqa: F811
+    """Two graphs for every size, whatever buffer a block's weights are in, and what was computed without streaming."""
+    net, want = network(), network()
+    for one in (net, want) if quantize else ():
+        convert(one, Recipe(quantize), torch.float32, torch.device("cpu"))
+    net.ops = want.ops = replace(REFERENCE, attend=backends.load("sdpa"))
+    compile_blocks(net, tmp_path, backend="aot_eager")
+    with Streamed(net, SimulatedLink(), (0, 3), ())():
+        for tokens in SIZES:
+            assert torch.equal(forward(net, tokens), forward(want, tokens))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_other_blocks_may_stay_and_be_pinned_from_one_use_to_the_next(dev_folder):
