@@ -200,23 +200,39 @@ class Draft:
 
     @property
     def kept(self) -> int:
-        """Bytes of the networks that never leave the device."""
+        """Bytes of what never leaves the device: networks, and the schedules' tables."""
         names = ("transformer", "text_encoder", "vae")
-        return sum(self.weights(n).total for n in names if self.placement(n) == "resident")
+        found = sum(self.lasting(n) for n in names if self.placement(n) == "resident")
+        return found + footprint.tables(self.setup, self.terms.need.work)
+
+    @property
+    def leaving(self) -> int:
+        """Bytes of what only makes the schedule's table, which are on the device while one is made. A CPU's memory they leave only
+        for their files, which do not have them in a type of their own."""
+        t = self.terms
+        if t.hardware.kind == "cpu" and (self.layout.transformer == "resident" or t.schedule != t.dtype):
+            return 0
+        return self.weights("transformer").schedule
+
+    def lasting(self, component: str) -> int:
+        """Bytes of a network without what leaves once the schedule's table is made."""
+        return self.weights(component).total - (self.leaving if component == "transformer" else 0)
 
     def visiting(self, component: str) -> int:
         """Bytes of a network that is wholly on the device only while it is in use."""
-        return self.weights(component).total if self.placement(component) == "staged" else 0
+        return self.lasting(component) if self.placement(component) == "staged" else 0
 
     def denoising(self, stay: tuple[int, ...]) -> int:
-        """Bytes of device memory while denoising, and while a preview is decoded between two steps."""
+        """Bytes of device memory while denoising, while the schedule's table is made before it, with none of the blocks that stay
+        there yet, and while a preview is decoded between two steps."""
         held, work = self.weights("transformer"), self.terms.need.work
-        alive = max(footprint.denoising(self.setup, work), footprint.sampling(self.setup, work) + self.previewing())
-        if self.layout.transformer != "streamed":
-            return self.kept + self.visiting("transformer") + alive + self.beside()
-        few = held.streaming(stay) - sum(held.blocks[number] for number in stay) + held.schedule
-        few += footprint.sampling(self.setup, work)
-        return self.kept + max(held.streaming(stay) + alive, few) + self.beside()
+        sampling = footprint.sampling(self.setup, work)
+        alive = max(footprint.denoising(self.setup, work), sampling + self.previewing())
+        here = few = self.visiting("transformer")
+        if self.layout.transformer == "streamed":
+            here = held.streaming(stay) + held.schedule - self.leaving
+            few = here - sum(held.blocks[number] for number in stay)
+        return self.kept + max(here + alive, few + self.leaving + sampling) + self.beside()
 
     def previewing(self) -> int:
         """Bytes of a preview, the decoder included where it is not there already."""
@@ -286,7 +302,7 @@ class Draft:
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
         if home := found.get("vae"):
             decode += self.weights("vae").total / self.rate(home)
-        place, step = 0.0, compute
+        place, step = self.leaving / (hardware.link_rate * PAGEABLE), compute
         if home := found.get("transformer"):
             held = self.weights("transformer")
             if self.layout.transformer == "staged":

@@ -26,6 +26,7 @@ from .model.language import Layer
 from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops, Rotary
+from .model.transformer import TABLES as SCHEDULES
 from .model.transformer import Flux2Transformer, Modulation
 from .offload.streamed import HOSTED, RING
 from .offload.tensors import ALIGNMENT, hung
@@ -201,18 +202,25 @@ def carried(setup: Setup, work: Work) -> int:
     return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
 
 
+def tables(setup: Setup, work: Work) -> int:
+    """Bytes that are kept from one picture to the next: the last schedules' modulations, this one's in size, and rotary tables."""
+    arch, own = setup.arch, setup.arch.transformer
+    tokens = arch.text_tokens + arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+    values = SCHEDULES * 17 * work.steps * own.width * WIDTH[setup.dtype]
+    return values + 4 * 2 * tokens * (own.attention_head_dim // 2)
+
+
 def sampling(setup: Setup, work: Work) -> int:
-    """Bytes that live from one denoising step to the next: what is carried, the prompts side by side and embedded, references as
-    tokens, the schedule's table, rotary tables, samples in float32, and what step caching holds."""
+    """Bytes that live from one denoising step to the next, beside :func:`tables`: what is carried, the prompts side by side and
+    embedded, references as tokens, samples in float32, and what step caching holds."""
     arch, own, width = setup.arch, setup.arch.transformer, WIDTH[setup.dtype]
     image, others = arch.tokens(work.width, work.height), sum(arch.tokens(*size) for size in work.references)
     text, batch = arch.text_tokens, work.batch
     values = batch * text * own.joint_attention_dim + others * own.in_channels
-    values += batch * arch.passes * text * own.width + 17 * work.steps * own.width
+    values += batch * arch.passes * text * own.width
     if setup.skipping:  # of each pass the blocks' contributions of two steps, and the first one's
         values += batch * 3 * arch.passes * image * own.width
-    floats = 2 * (text + image + others) * (own.attention_head_dim // 2)
-    floats += ((3 + arch.passes) * batch * image + others) * own.in_channels
+    floats = ((3 + arch.passes) * batch * image + others) * own.in_channels
     if setup.kind == "cpu":  # where the noise and the positions, four int64 each, are on the same memory
         floats += batch * image * own.in_channels + 8 * (text + image + others)
     return carried(setup, work) + values * width + 4 * floats

@@ -42,12 +42,17 @@ class Conditions:
 def modulations(
     transformer: Flux2Transformer, schedule: Schedule, guidance: float | None, device: torch.device
 ) -> list[Modulation]:
-    """One :class:`Modulation` per step. Timesteps are rounded as the pipelines round them, to the type of the parts that read them."""
-    table = []
-    for sigma in schedule.sigmas[:-1]:
-        timestep = (torch.tensor(sigma, device=device) * 1000).to(transformer.schedule_dtype)
-        table.append(transformer.modulation(timestep / 1000, guidance))
-    return table
+    """One :class:`Modulation` per step, kept for the next picture with this schedule. Timesteps are rounded as the pipelines round
+    them, to the type of the parts that read them."""
+
+    def make() -> list[Modulation]:
+        table = []
+        for sigma in schedule.sigmas[:-1]:
+            timestep = (torch.tensor(sigma, device=device) * 1000).to(transformer.schedule_dtype)
+            table.append(transformer.modulation(timestep / 1000, guidance))
+        return table
+
+    return transformer.tables.get((schedule.sigmas.tobytes(), guidance, device, transformer.schedule_dtype), make)
 
 
 @torch.inference_mode()

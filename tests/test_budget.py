@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux2_local import BudgetError, Flux2, quant
 from flux2_local.candidates import LAYOUTS, SYSTEM_RESERVE, Draft, Terms
-from flux2_local.offload import staged, streamed
+from flux2_local.offload import staged, streamed, visiting
 from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.staged import hold
 from flux2_local.offload.streamed import Streamed
@@ -106,8 +106,8 @@ def simulated(flux, layout, stay, monkeypatch):
         there = value.detach().clone()
         return nn.Parameter(there, requires_grad=False) if isinstance(value, nn.Parameter) else there
 
-    monkeypatch.setattr(staged, "moved", copied)
-    monkeypatch.setattr(streamed, "moved", copied)
+    for module in (staged, streamed, visiting):
+        monkeypatch.setattr(module, "moved", copied)
     c, holds = flux._components, {}
     for name in NETWORKS:
         network, blocks = getattr(c, name), stay if name == "transformer" else ()

@@ -99,9 +99,13 @@ def test_guidance_with_two_passes_streams(klein_base_folder):
     assert np.array_equal(pixels(flux), wanted)
 
 
-def test_a_merged_lora_streams(tmp_path, dev_folder):
-    name, generator = "transformer.single_transformer_blocks.1.attn.to_out", torch.Generator().manual_seed(0)
-    down, up = (torch.randn(*shape, generator=generator) for shape in ((4, 192), (48, 4)))
+@pytest.mark.parametrize(
+    ("layer", "rows", "columns"),
+    [("single_transformer_blocks.1.attn.to_out", 48, 192), ("double_stream_modulation_img.linear", 288, 48)],
+)
+def test_a_merged_lora_streams(tmp_path, dev_folder, layer, rows, columns):
+    name, generator = f"transformer.{layer}", torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((4, columns), (rows, 4)))
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
     wanted = pixels(Flux2.load(dev_folder, lora=str(tmp_path / "lora.safetensors")))
     flux, _ = streaming(dev_folder, (1,), lora=str(tmp_path / "lora.safetensors"))

@@ -9,9 +9,10 @@ Shapes: B pictures, N image tokens (reference tokens included), L text tokens, D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,13 @@ from torch import Tensor, nn
 
 from .ops import REFERENCE, Ops, Rotary
 
+T = TypeVar("T")
+
 ROPE_THETA = 2000
 FLOAT16_MAX = 65504.0
+
+TABLES = 4
+"""Schedules whose modulations are kept; of rotary tables, those of the last size are."""
 
 
 @dataclass(frozen=True)
@@ -253,17 +259,39 @@ def clip(x: Tensor) -> Tensor:
     return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
 
 
+class Recent(Generic[T]):
+    """The last values that were made, by what they were made from."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._made: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value that was made from ``key``, or a new one in the place of the oldest."""
+        if key not in self._made:
+            while len(self._made) >= self.most:
+                self._made.popitem(last=False)
+            self._made[key] = make()
+        self._made.move_to_end(key)
+        return self._made[key]
+
+
 class Flux2Transformer(nn.Module):
     """The denoiser of FLUX.2 dev and klein.
 
     Args:
         config: the checkpoint's architecture.
         ops: the implementation of everything between the matmuls.
+
+    Attributes:
+        tables: modulations of the last schedules.
     """
 
     def __init__(self, config: TransformerConfig, ops: Ops = REFERENCE) -> None:
         super().__init__()
         self.config, self.ops = config, ops
+        self.tables: Recent[list[Modulation]] = Recent(TABLES)
+        self._rotary: Recent[Rotary] = Recent(1)
         width = config.width
         self.time_guidance_embed = TimeGuidanceEmbedding(config)
         self.double_stream_modulation_img = ModulationLinear(width, 6)
@@ -306,7 +334,11 @@ class Flux2Transformer(nn.Module):
         return Modulation(*(tuple(p.to(self.dtype) for p in part) for part in parts))
 
     def rotary(self, ids: Tensor) -> Rotary:
-        """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64."""
+        """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64; the last are kept."""
+        key = tuple(ids.shape), ids.dtype, ids.device, ids.cpu().numpy().tobytes()
+        return self._rotary.get(key, lambda: self._make_rotary(ids))
+
+    def _make_rotary(self, ids: Tensor) -> Rotary:
         tables = []
         for axis, dim in enumerate(self.config.axes_dims_rope):
             powers = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .tensors import arriving, hang, moved
+from .visiting import Visitors
 
 
 def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
@@ -16,7 +17,8 @@ def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContex
 
     The host's tensors are kept, so leaving costs nothing but the release of memory.
     """
-    home = list(arriving(module))
+    visitors = Visitors(module, device)
+    home = list(arriving(visitors.rest))
 
     @contextmanager
     def on_device() -> Iterator[None]:
@@ -26,6 +28,7 @@ def hold(module: nn.Module, device: torch.device) -> Callable[[], AbstractContex
             yield
         finally:
             hang(home)
+            visitors.leave()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 

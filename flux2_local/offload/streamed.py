@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import SCHEDULE, repeated
+from ..model.blocks import repeated
 from .link import Link, Mark
 from .tensors import Packed, hang, hung, moved
+from .visiting import Visitors
 
 RING = 2
 """Buffers: one is computed from while the other is filled."""
@@ -48,23 +49,19 @@ class Streamed:
         self.link, self.stay = link, frozenset(stay)
         self.blocks = [Packed(module) for module in modules]
         inside = {id(table) for block in self.blocks for (table, _), _ in block.home}
-        schedule = [getattr(network, name) for name in SCHEDULE if hasattr(network, name)]
-        self._visitors = [entry for module in schedule for entry in hung(module)]
+        self._visitors = Visitors(network, link.device)
         hosted = getattr(network, HOSTED, None)
-        inside |= {id(table) for (table, _), _ in self._visitors}
         inside |= {id(table) for (table, _), _ in ([] if hosted is None else hung(hosted))}
-        self._rest = [entry for entry in hung(network) if id(entry[0][0]) not in inside]
+        self._rest = [entry for entry in self._visitors.rest if id(entry[0][0]) not in inside]
         self.mapped = frozenset(range(len(self.blocks)))
         self.settle(stay, mapped)
         for number, module in enumerate(modules):
             module.register_forward_pre_hook(partial(self._before, number))
             module.register_forward_hook(partial(self._after, number))
-        if schedule:
-            schedule[0].register_forward_pre_hook(self._visit)
         if hosted is not None:
             hosted.register_forward_pre_hook(lambda _, args: tuple(a.cpu() for a in args))
             hosted.register_forward_hook(lambda _, __, rows: rows.to(self.link.device))
-        self._visiting = self._active = False
+        self._active = False
         self._here: dict[int, tuple[Tensor, Mark]] = {}
         self._ring: deque[tuple[Tensor, Mark]] = deque()
         self._upcoming: int | None = None
@@ -97,7 +94,7 @@ class Streamed:
             self.link.drain()
             for block in self.blocks:
                 block.forget()
-            self._leave()
+            self._visitors.leave()
             hang(self._rest)
             self._here.clear()
             self._ring.clear()
@@ -108,22 +105,9 @@ class Streamed:
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.link.device)
 
-    def _visit(self, *_: Any) -> None:
-        """Bring what only makes the schedule's table; it leaves when the first block is called."""
-        if self._active and not self._visiting:
-            self._visiting = True
-            for place, value in self._visitors:
-                hang([(place, moved(value, self.link.device))])
-
-    def _leave(self) -> None:
-        hang(self._visitors)
-        self._visiting = False
-
     def _before(self, number: int, *_: Any) -> None:
         if not self._active:
             return
-        if self._visiting:
-            self._leave()
         if number not in self._here:
             self._restart(number)
         buffer, arrived = self._here[number]

@@ -37,12 +37,14 @@ def hang(places: Iterable[tuple[Place, Tensor]]) -> None:
         table[name] = value
 
 
-def arriving(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """As :func:`hung`, in the order of addresses, which is that of the disk; each once it is in host memory, if it belongs there.
+def arriving(entries: list[tuple[Place, Tensor]]) -> Iterator[tuple[Place, Tensor]]:
+    """``entries`` of :func:`hung` in the order of addresses, which is that of the disk; each once it is in host memory, if it
+    belongs there.
 
-    What has been given and put elsewhere is held no longer.
+    The list is emptied: what has been given and put elsewhere is held no longer.
     """
-    waiting = sorted(hung(module), key=lambda entry: leaves(entry[1])[0].data_ptr(), reverse=True)
+    waiting = sorted(entries, key=lambda entry: leaves(entry[1])[0].data_ptr(), reverse=True)
+    entries.clear()
     return fetched((waiting.pop() for _ in range(len(waiting))), lambda entry: on_host(entry[1]))
 
 
