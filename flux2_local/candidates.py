@@ -72,6 +72,10 @@ LAYOUTS = (
 )  # fmt: skip
 
 
+MAPPED = Layout("mapped", "streamed", "streamed", "resident", "blocks are read from their files while others compute")
+"""Of a CPU, whose memory the weights of the other layout are in."""
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Predicted seconds of a request.
@@ -135,6 +139,7 @@ class Terms:
         ops, attention: what computes between the matmuls, and attention.
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
+        merged: whether LoRAs are merged into the transformer.
     """
 
     need: Need
@@ -145,6 +150,7 @@ class Terms:
     attention: str
     skipping: bool
     folded: bool
+    merged: bool = False
 
     @property
     def schedule(self) -> str:
@@ -153,9 +159,21 @@ class Terms:
         return "float32" if wide else self.dtype
 
 
-def layouts(hardware: Hardware) -> tuple[Layout, ...]:
-    """Candidate layouts. Where device and host share their memory, moving weights gains nothing."""
-    return LAYOUTS if hardware.kind == "cuda" else LAYOUTS[:1]
+def layouts(terms: Terms, form: quant.Format | None) -> tuple[Layout, ...]:
+    """Candidate layouts. Where device and host share their memory, moving weights gains nothing, but a CPU can leave them in files."""
+    if terms.hardware.kind == "cuda":
+        return LAYOUTS
+    files = terms.hardware.kind == "cpu" and all(filed(terms, form, name) for name in ("transformer", "text_encoder"))
+    return (LAYOUTS[0], MAPPED) if files else LAYOUTS[:1]
+
+
+def filed(terms: Terms, form: quant.Format | None, component: str) -> bool:
+    """Whether a network's weights are mapped from files just as they are used; else they are made in memory when they are loaded."""
+    if form is not None:
+        return not form.not_kept
+    if component == "vae":
+        return True
+    return terms.need.arch.stored == terms.dtype and not (terms.merged and component == "transformer")
 
 
 @dataclass(frozen=True)
@@ -256,6 +274,13 @@ class Draft:
         alive = max(alive, *(footprint.referring(self.setup, *size) for size in work.references), 0)
         return self.kept + self.visiting("vae") + footprint.carried(self.setup, work) + alive + self.beside()
 
+    @property
+    def making(self) -> int:
+        """Bytes of a CPU's memory while a quantized network that is to stay in its file is made, which happens once."""
+        if self.layout is not MAPPED or self.form is None:
+            return 0
+        return max(self.weights(name).total for name in ("transformer", "text_encoder"))
+
     def stay(self) -> tuple[int, ...]:
         """The most blocks that may stay."""
         if self.layout.transformer != "streamed":
@@ -269,10 +294,17 @@ class Draft:
 
     def homes(self, stay: tuple[int, ...]) -> dict[str, Home]:
         """Where the networks that leave the device wait: what is used most often has host memory first."""
+        away = [name for name in ("vae", "transformer", "text_encoder") if self.placement(name) != "resident"]
+        if self.terms.hardware.kind == "cpu" and self.layout is MAPPED:
+            return {name: Home(tuple(range(len(self.weights(name).blocks))), False, 0) for name in away}
         travellers = {
-            name: Traveller(self.weights(name), self.placement(name) == "streamed", stay if name == "transformer" else ())
-            for name in ("vae", "transformer", "text_encoder")
-            if self.placement(name) != "resident"
+            name: Traveller(
+                self.weights(name),
+                self.placement(name) == "streamed",
+                stay if name == "transformer" else (),
+                filed(self.terms, self.form, name),
+            )
+            for name in away
         }
         return homes(travellers, self.room)
 
@@ -290,6 +322,8 @@ class Draft:
     def stream(self, stay: tuple[int, ...], home: Home) -> costs.Stream:
         """How a network's blocks come to the device."""
         hardware = self.terms.hardware
+        if self.layout is MAPPED:  # what is read is there
+            return costs.Stream(stay, hardware.disk_rate, RING)
         return costs.Stream(stay, hardware.link_rate, RING, home.mapped, hardware.disk_rate, READ_AHEAD)
 
     def seconds(self, stay: tuple[int, ...], found: Mapping[str, Home], tile: int) -> Seconds:
@@ -349,7 +383,7 @@ class Draft:
         stay = self.stay()
         found = self.homes(stay)
         host = sum(home.size for home in found.values())
-        others = max(self.denoising(stay), self.encoding())
+        others = max(self.denoising(stay), self.encoding(), self.making)
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
@@ -382,7 +416,7 @@ class Draft:
         what, count = name.replace("_", " "), len(self.weights(name).blocks)
         moving = set(range(count)) - set(stay if name == "transformer" else ())
         often = moving & set(home.mapped)
-        if not home.mapped or len(often) == count:
+        if not home.mapped or (often and often == moving):
             return what
         return f"{len(often)} of {len(moving)} moving {what} blocks" if often else f"what stays of the {what}"
 

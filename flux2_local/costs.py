@@ -52,6 +52,8 @@ class Architecture:
     text_tokens: int
     passes: int = 1
     """Transformer evaluations per step: 2 with classifier-free guidance."""
+    stored: str = "bfloat16"
+    """The type that the files of the transformer and the text encoder have their weights in; "" where there are several."""
 
     @property
     def multiple(self) -> int:

@@ -205,7 +205,9 @@ def carried(setup: Setup, work: Work) -> int:
 def tables(setup: Setup, work: Work) -> int:
     """Bytes that are kept from one picture to the next: the last schedules' modulations, this one's in size, and rotary tables."""
     arch, own = setup.arch, setup.arch.transformer
-    tokens = arch.text_tokens + arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+    tokens = (
+        arch.text_tokens + arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+    )
     values = SCHEDULES * 17 * work.steps * own.width * WIDTH[setup.dtype]
     return values + 4 * 2 * tokens * (own.attention_head_dim // 2)
 

@@ -21,11 +21,13 @@ class Traveller:
         held: its weights.
         streams: whether it comes block by block.
         stay: of its blocks, those that come once a use.
+        filed: whether its weights can be left to files; else they are in host memory, whether or not there is room.
     """
 
     held: Weights
     streams: bool
     stay: tuple[int, ...] = ()
+    filed: bool = True
 
     @property
     def least(self) -> int:
@@ -58,7 +60,7 @@ def homes(travellers: Mapping[str, Traveller], room: int) -> dict[str, Home]:
     for name, one in travellers.items():
         others = sum(t.least for n, t in travellers.items() if n not in found and n != name)
         mine = room - others
-        if one.held.total <= mine:
+        if one.held.total <= mine or not one.filed:
             found[name] = Home((), True, one.held.total)
         elif one.streams:
             found[name] = shared(one, max(0, mine - one.least))

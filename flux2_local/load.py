@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -78,7 +79,17 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         text_layers=preset.text_layers,
         text_tokens=preset.text_tokens,
         passes=2 if preset.guidance == "cfg" else 1,
+        stored=stored(checkpoint),
     )
+
+
+def stored(checkpoint: Checkpoint) -> str:
+    """The one type that the weights of the transformer and the text encoder have in their files, "" where there is none or the
+    transformer is a single file, which is converted."""
+    if checkpoint.single is not None:
+        return ""
+    types = {weights.stored(checkpoint.folder / name) for name in ("transformer", "text_encoder")}
+    return types.pop() if len(types) == 1 else ""
 
 
 def build(
@@ -214,7 +225,7 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         return ""
     for adapter, (update, _) in zip(source.adapters, updates, strict=True):
         loras.check(network, update, adapter.path.name)
-    recipe, kind = Recipe(held.format, keep=held.keep), DTYPES[dtype]
+    recipe, kind, twin = Recipe(held.format, keep=held.keep), DTYPES[dtype], copy.deepcopy(network)
     adapters = [(a.path, a.strength) for a in source.adapters]
     stem = f"{source.checkpoint.name}-{source.component}"
     kept = disk.Kept(stem, recipe, kind, disk.facts(recipe, kind, source.files, adapters))
@@ -222,7 +233,10 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         return ""
     source.dense(network, None)
     layers = convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates))
-    return kept.write(network, layers)
+    note = kept.write(network, layers)
+    if not note and held.placement == "streamed" and kept.read(twin, device):
+        network._modules.update(twin._modules)  # what was made leaves memory for its file
+    return note
 
 
 def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> Ops:

@@ -6,7 +6,7 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import quant
 from .attention import AUTO
@@ -32,8 +32,11 @@ from .choices import (
 from .costs import Work
 from .errors import BudgetError
 from .hardware import Hardware
-from .presets import CachePolicy, Tier, show_bytes
+from .presets import CachePolicy, Tier, models, show_bytes
 from .request import Acceleration, Variant
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Wishes:
         dtype: compute type, or None.
         attention: "auto", or the attention backend.
         quantize: "auto", "none" or the format that the weights are to have.
+        adapters: the user's LoRAs.
         compiled: whether torch.compile takes the transformer's blocks, or None.
     """
 
@@ -52,6 +56,7 @@ class Wishes:
     dtype: str | None = None
     attention: str = AUTO
     quantize: str = "auto"
+    adapters: tuple[Lora, ...] = ()
     compiled: bool | None = None
 
 
@@ -179,9 +184,10 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
     limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
+    computed = ops_choice.value, attention_choice.value, cache is not None, folded
+    terms = Terms(need, hardware, dtype, limit, *computed, merged=bool(wishes.adapters) or adapted(need))
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
-    drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
+    drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(terms, form)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
     fitting = [c for c in candidates if not c.problem]
     if not fitting:
@@ -234,6 +240,12 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         ),
         options=tuple(option(c, need.work, verdicts.get(c.name, f"taken, {reason}")) for c in candidates),
     )
+
+
+def adapted(need: Need) -> bool:
+    """Whether the variant itself comes from a LoRA; of a model that is not among the presets, every variant of its own is taken to."""
+    known = models().get(need.model)
+    return need.variant != "standard" and (known is None or known.recipe(need.variant).lora is not None)
 
 
 def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], need: Need) -> tuple[Candidate, str]:

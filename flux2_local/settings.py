@@ -30,13 +30,11 @@ class Settings(Wishes):
 
     Attributes:
         variant, acceleration: of every request, unless a request names another acceleration.
-        adapters: the user's LoRAs.
         keep_prompts: whether prompts' embeddings are kept on disk.
     """
 
     variant: Variant = "standard"
     acceleration: Acceleration = "regular"
-    adapters: tuple[Lora, ...] = ()
     keep_prompts: bool = False
 
     def plan(self, need: Need, hardware: Hardware) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import mapping
-from .errors import PickleRefusedError, WeightsDamagedError
+from .errors import Flux2Error, PickleRefusedError, WeightsDamagedError
 from .files import reason
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ def header(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its header describes {8 + length + end} bytes and it has {size}. {FETCH_AGAIN}"
         )
     return entries
+
+
+@cache
+def stored(folder: Path) -> str:
+    """The type of the matrices in a component's first file, by torch's name; "" where there are several, or no file that can be
+    read, which loading will say."""
+    try:
+        entries = header(weight_files(folder)[0]).values()
+        types = {mapping.DTYPES[entry["dtype"]] for entry in entries if len(entry["shape"]) > 1}
+    except (Flux2Error, KeyError, TypeError):
+        return ""
+    return str(types.pop()).removeprefix("torch.") if len(types) == 1 else ""
 
 
 def read_files(paths: list[Path]) -> Tensors:

@@ -34,6 +34,7 @@ class Events:
     def synchronize(self):
         pass
 
+
 @pytest.fixture
 def counting(monkeypatch):
     """CUDA's part of the link played by the host; the bytes of page-locked buffers that are alive."""
@@ -88,7 +89,9 @@ def test_what_moves_in_every_step_has_host_memory_first(device, ram, variant, ti
     plan = make_plan(need("dev", variant, tier, Work(steps=8)), from_preset(device, parse_bytes(ram)))
     assert plan.transformer.placement == plan.text_encoder.placement == "streamed"
     assert plan.transformer.mapped and set(plan.transformer.mapped) <= set(plan.transformer.stay)
-    assert len(plan.text_encoder.mapped) == 30 and "what stays of the transformer and text encoder from disk" in str(plan)
+    assert len(plan.text_encoder.mapped) == 30 and "what stays of the transformer and text encoder from disk" in str(
+        plan
+    )
     hidden = make_plan(need("dev", variant, tier, Work(steps=8)), from_preset(device, parse_bytes("256GiB")))
     assert plan.step_seconds == pytest.approx(hidden.step_seconds, rel=0.01) and hidden.transformer.mapped == ()
     assert 0.9 * parse_bytes(ram) < plan.host_bytes <= parse_bytes(ram) - HOST_RESERVE
@@ -96,7 +99,10 @@ def test_what_moves_in_every_step_has_host_memory_first(device, ram, variant, ti
 
 def test_more_host_memory_is_never_slower():
     sizes = ("8GiB", "12GiB", "20GiB", "28GiB", "36GiB", "48GiB", "64GiB", "128GiB")
-    cards, int8 = (from_preset("rtx-4060-ti-16gb", parse_bytes(size)) for size in sizes), Wishes(quantize="builtin-int8")
+    cards, int8 = (
+        (from_preset("rtx-4060-ti-16gb", parse_bytes(size)) for size in sizes),
+        Wishes(quantize="builtin-int8"),
+    )
     plans = [make_plan(need("dev"), card, int8) for card in cards]
     assert all(plan.host_bytes <= parse_bytes(size) - HOST_RESERVE for plan, size in zip(plans, sizes, strict=True))
     steps = [plan.step_seconds for plan in plans]

@@ -24,7 +24,8 @@ def pixels(flux, **fields):
 
 @pytest.mark.parametrize("placement", [resident, staged])
 def test_modulations_leave_when_the_table_is_made_and_come_for_another(dev_folder, placement, monkeypatch):
-    """On a device whose memory is the host's, to which weights are copied; loaded as another type than the files', so that both are aligned."""
+    """On a device whose memory is the host's, to which weights are copied. Those that are loaded as another type than the files'
+    are aligned as copies are, which rounding depends on."""
     flux = Flux2.load(dev_folder, dtype="bfloat16")
     wanted = [pixels(flux), pixels(flux, num_inference_steps=5)]
     net, came = flux._components.transformer, []

@@ -18,8 +18,10 @@ Hold = Callable[[], AbstractContextManager[None]]
 
 def place(network: nn.Module, device: torch.device, held: ComponentPlan) -> Hold:
     """Put a loaded network where its plan says that it waits, and give the way to use it."""
-    from . import link, resident, staged, streamed
+    from . import link, mapped, resident, staged, streamed
 
+    if held.placement == "streamed" and device.type == "cpu":
+        return mapped.Mapped(network, held.stay)
     if held.placement == "streamed":
         return streamed.Streamed(network, link.CudaLink(device), held.stay, held.mapped)
     return (resident if held.placement == "resident" else staged).hold(network, device)
@@ -43,9 +45,10 @@ class Later:
 
 def adapt(hold: Hold, held: ComponentPlan) -> None:
     """Let other blocks stay, and others wait in host memory, from the next use on, where the network streams."""
+    from .mapped import Mapped
     from .streamed import Streamed
 
     if isinstance(hold, Later):
         hold = hold.hold or hold
-    if isinstance(hold, Streamed) and held.placement == "streamed":
+    if isinstance(hold, (Mapped, Streamed)) and held.placement == "streamed":
         hold.settle(held.stay, held.mapped)
