@@ -99,6 +99,19 @@ def test_references(dev_folder):
     check(held(flux) + peak_of(lambda: generate(flux, **fields)), planned(flux, **fields).plan.peak_bytes)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_a_reference(klein_folder, dtype):
+    """By itself: attention between the tokens of all pictures may take more."""
+    flux = Flux2.load(klein_folder, dtype=dtype, quantize="none")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (768, 640, 3), dtype=np.uint8))
+    run = planned(flux, images=[picture])
+    run.report = lambda progress: None
+    # Beside what is counted a few KiB of constants.
+    check(
+        peak_of(lambda: run.encoded([picture])), footprint.referring(draft(flux, LAYOUTS[0], 0).setup, 640, 768), 2**16
+    )
+
+
 def simulated(flux, layout, stay, monkeypatch):
     """Networks that are not resident wait on the host; what moves is copied, as to a card."""
 
