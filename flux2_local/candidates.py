@@ -82,7 +82,7 @@ class Seconds:
 
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
-        place: per picture, moving weights before and in the first step.
+        place: per picture, moving weights before and in the first step, and reading references where that is done once.
         step: of a denoising step after the first.
         decode: per picture, moving the decoder included.
         compute: of a step with all weights at hand.
@@ -110,6 +110,7 @@ class Candidate:
         stay: numbers of the transformer's blocks that stay, where it streams.
         homes: where each network waits that is not on the device all the time.
         tile: side of a decoding tile, or 0.
+        together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
@@ -122,6 +123,7 @@ class Candidate:
     stay: tuple[int, ...]
     homes: Mapping[str, Home]
     tile: int
+    together: bool
     seconds: Seconds
     peak: int
     host: int
@@ -176,13 +178,24 @@ def filed(terms: Terms, form: quant.Format | None, component: str) -> bool:
     return terms.need.arch.stored == terms.dtype and not (terms.merged and component == "transformer")
 
 
+GUIDED = {False: "two passes", True: "one pass"}
+"""How a step of classifier-free guidance runs, by whether its passes do together."""
+
+
+def ways(need: Need) -> tuple[bool, ...]:
+    """Whether guidance's two passes may run apart or together, as the batch of both: the exact tier computes each by itself, as
+    the reference does, and without guidance there is one."""
+    return (False, True) if need.arch.passes > 1 and not need.tier.exact else (False,)
+
+
 @dataclass(frozen=True)
 class Draft:
-    """One format and layout, from which :meth:`candidate` is worked out."""
+    """One format, layout and way of guidance, from which :meth:`candidate` is worked out."""
 
     terms: Terms
     form: quant.Format | None
     layout: Layout
+    together: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -198,6 +211,7 @@ class Draft:
             folded=t.folded,
             channels_last=not t.need.tier.exact,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
+            together=self.together,
         )
 
     def weights(self, component: str) -> Weights:
@@ -331,19 +345,26 @@ class Draft:
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
-        compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
-        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
+        compute = costs.step_flops(arch, work) / flops
+        compute += self.beyond("transformer", (arch.text_tokens + arch.step_tokens(work)) * arch.passes * work.batch)
+        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", arch.text_tokens * arch.passes)
+        others = arch.reference_tokens(work) if arch.references_once else 0
+        reading = costs.reference_flops(arch, work) / flops + self.beyond("transformer", others)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
         if home := found.get("vae"):
             decode += self.weights("vae").total / self.rate(home)
-        place, step = self.leaving / (hardware.link_rate * PAGEABLE), compute
-        if home := found.get("transformer"):
-            held = self.weights("transformer")
-            if self.layout.transformer == "staged":
-                place = held.total / self.rate(home)
-            else:
-                first, step = costs.stream_seconds(compute, held.blocks, self.stream(stay, home))
-                place = first - step + (held.rest + held.schedule) / self.rate(home)
+        place, step = reading, compute
+        home = found.get("transformer")
+        if home is None:
+            place += self.leaving / (hardware.link_rate * PAGEABLE)
+        elif self.layout.transformer == "staged":
+            place += self.weights("transformer").total / self.rate(home)
+        else:
+            held, passes, stream = self.weights("transformer"), self.passes, self.stream(stay, home)
+            first, later = costs.stream_seconds(compute / passes, held.blocks, stream)
+            step = passes * later
+            place = first - later + (held.rest + held.schedule) / self.rate(home)
+            place += costs.stream_seconds(reading, held.blocks, stream)[1] if reading else 0.0
         if home := found.get("text_encoder"):
             held = self.weights("text_encoder")
             if self.layout.text_encoder == "staged":
@@ -352,15 +373,16 @@ class Draft:
                 encode, _ = costs.stream_seconds(encode, held.blocks, self.stream((), home))
         return Seconds(encode, place, step, decode, compute)
 
-    def beyond(self, component: str, work: Work) -> float:
-        """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
+    @property
+    def passes(self) -> int:
+        """How often a step brings the blocks that move."""
+        return 1 if self.together else self.terms.need.arch.passes
+
+    def beyond(self, component: str, tokens: int) -> float:
+        """Seconds that ``tokens`` take in a network beyond those of the compute type, where the format's products have a rate."""
         arch, hardware = self.terms.need.arch, self.terms.hardware
         if self.form is None or self.form.product not in hardware.flops:
             return 0.0
-        tokens = arch.text_tokens * arch.passes
-        if component == "transformer":
-            sizes = ((work.width, work.height), *work.references)
-            tokens = (tokens + sum(arch.tokens(*size) for size in sizes) * arch.passes) * work.batch
         return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
 
     def disk(self) -> int:
@@ -395,6 +417,7 @@ class Draft:
             stay=stay,
             homes=found,
             tile=tile,
+            together=self.together,
             seconds=self.seconds(stay, found, tile),
             peak=peak,
             host=host,
@@ -409,7 +432,9 @@ class Draft:
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
         parts = [self._from_disk(name, home, stay) for name, home in found.items() if not home.whole]
         files = f", {' and '.join(parts)} from disk" if parts else ""
-        return f"{weights}{self.layout.name}{blocks}{files}, {f'decoded in {tile}-pixel tiles' if tile else 'decoded whole'}"
+        guided = f", {GUIDED[self.together]}" if len(ways(self.terms.need)) > 1 else ""
+        decoded = f"decoded in {tile}-pixel tiles" if tile else "decoded whole"
+        return f"{weights}{self.layout.name}{blocks}{files}{guided}, {decoded}"
 
     def _from_disk(self, name: str, home: Home, stay: tuple[int, ...]) -> str:
         """What of a network comes from its files, in words: of the transformer, what does so in every step where anything does."""
@@ -424,7 +449,7 @@ class Draft:
         if self.layout.transformer != "streamed":
             return self.layout.reason
         seconds = self.seconds(stay, found, 0)
-        moving = self.stream(stay, found["transformer"]).moving(self.weights("transformer").blocks)
+        moving = self.passes * self.stream(stay, found["transformer"]).moving(self.weights("transformer").blocks)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
         return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"

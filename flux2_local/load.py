@@ -80,6 +80,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         text_tokens=preset.text_tokens,
         passes=2 if preset.guidance == "cfg" else 1,
         stored=stored(checkpoint),
+        references_once=preset.references_once,
     )
 
 
