@@ -22,7 +22,7 @@ from .formats import Format
 
 LEAST_ROTATION = 16
 
-PART = 2**24
+PART = 2**20
 """Weights that are quantized at once."""
 
 VALUES = {"builtin-int8": torch.int8, "builtin-fp8": torch.float8_e4m3fn}
