@@ -225,7 +225,8 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         return ""
     for adapter, (update, _) in zip(source.adapters, updates, strict=True):
         loras.check(network, update, adapter.path.name)
-    recipe, kind, twin = Recipe(held.format, keep=held.keep), DTYPES[dtype], copy.deepcopy(network)
+    recipe, kind, twin = Recipe(held.format, keep=held.keep), DTYPES[dtype], nn.Module()
+    twin._modules = copy.deepcopy(network._modules)
     adapters = [(a.path, a.strength) for a in source.adapters]
     stem = f"{source.checkpoint.name}-{source.component}"
     kept = disk.Kept(stem, recipe, kind, disk.facts(recipe, kind, source.files, adapters))
