@@ -43,7 +43,9 @@ def cell(device: str, model: str, variant: Variant) -> str:
     how = {"resident": "", "staged": ", staged", "streamed": ", streamed"}[placement]
     if plan.transformer.placement == "resident" and placement == "streamed":
         how = ", text streamed"
-    if set(plan.transformer.mapped) - set(plan.transformer.stay):
+    if placement == "streamed" and devices()[device].kind == "cpu":
+        how = ", mapped"
+    elif set(plan.transformer.mapped) - set(plan.transformer.stay):
         how += ", part from disk"
     form = "" if plan.transformer.format == plan.dtype else f", {plan.transformer.format.removeprefix('builtin-')}"
     return f"{seconds}, {show_bytes(plan.peak_bytes)}{form}{how}"
