@@ -179,9 +179,10 @@ class Draft:
 
     @property
     def setup(self) -> Setup:
+        """For every stage but denoising, whose own is :attr:`stepping`: counts are remembered for each setup."""
         t = self.terms
         return Setup(
-            arch=t.need.arch,
+            arch=t.need.arch if t.need.work.references else replace(t.need.arch, references_once=False),
             dtype=t.dtype,
             kind=t.hardware.kind,
             form=self.form,
@@ -191,8 +192,11 @@ class Draft:
             folded=t.folded,
             channels_last=not t.need.tier.exact,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
-            together=self.together,
         )
+
+    @property
+    def stepping(self) -> Setup:
+        return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
         need = self.terms.need
@@ -223,11 +227,12 @@ class Draft:
     def denoising(self, stay: tuple[int, ...]) -> int:
         """Bytes of device memory while denoising, and while a preview is decoded between two steps."""
         held, work = self.weights("transformer"), self.terms.need.work
-        alive = max(footprint.denoising(self.setup, work), footprint.sampling(self.setup, work) + self.previewing())
+        between = footprint.sampling(self.stepping, work)
+        alive = max(footprint.denoising(self.stepping, work), between + self.previewing())
         if self.layout.transformer != "streamed":
             return self.kept + self.visiting("transformer") + alive + self.beside()
         few = held.streaming(stay) - sum(held.blocks[number] for number in stay) + held.schedule
-        few += footprint.sampling(self.setup, work)
+        few += between
         return self.kept + max(held.streaming(stay) + alive, few) + self.beside()
 
     def previewing(self) -> int:
