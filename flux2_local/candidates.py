@@ -199,9 +199,10 @@ class Draft:
 
     @property
     def setup(self) -> Setup:
+        """For every stage but denoising, whose own is :attr:`stepping`: counts are remembered for each setup."""
         t = self.terms
         return Setup(
-            arch=t.need.arch,
+            arch=t.need.arch if t.need.work.references else replace(t.need.arch, references_once=False),
             dtype=t.dtype,
             kind=t.hardware.kind,
             form=self.form,
@@ -211,8 +212,11 @@ class Draft:
             folded=t.folded,
             channels_last=not t.need.tier.exact,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
-            together=self.together,
         )
+
+    @property
+    def stepping(self) -> Setup:
+        return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
         need = self.terms.need
@@ -258,8 +262,8 @@ class Draft:
         """Bytes of device memory while denoising, while the schedule's table is made before it, with none of the blocks that stay
         there yet, and while a preview is decoded between two steps."""
         held, work = self.weights("transformer"), self.terms.need.work
-        sampling = footprint.sampling(self.setup, work)
-        alive = max(footprint.denoising(self.setup, work), sampling + self.previewing())
+        sampling = footprint.sampling(self.stepping, work)
+        alive = max(footprint.denoising(self.stepping, work), sampling + self.previewing())
         here = few = self.visiting("transformer")
         if self.layout.transformer == "streamed":
             here = held.streaming(stay) + held.schedule - self.leaving

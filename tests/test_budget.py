@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_local import BudgetError, Flux2, footprint, quant
+from flux2_local import BudgetError, Flux2, footprint, load, quant
 from flux2_local.candidates import LAYOUTS, SYSTEM_RESERVE, Draft, Terms
 from flux2_local.offload import staged, streamed, visiting
 from flux2_local.offload.simulated import SimulatedLink
@@ -203,7 +203,8 @@ def denoised(flux, setup, plan, **fields):
     measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, 0, 1))
     sizes = tuple(picture.size for picture in run.references)
     work = replace(run.plan.work, references=sizes, batch=len(shots))
-    return measured, footprint.denoising(replace(draft(flux, LAYOUTS[0], 0, **fields).setup, **setup), work)
+    own = replace(draft(flux, LAYOUTS[0], 0, **fields).setup, arch=load.architecture(flux.checkpoint), **setup)
+    return measured, footprint.denoising(own, work)
 
 
 @pytest.mark.parametrize("images", [1, 2])
