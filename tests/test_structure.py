@@ -14,7 +14,7 @@ LAYERS = (
     ("settings", "stages", "many"),
     ("safety", "load"),
     (
-        "sampler", "plan", "choices", "candidates", "footprint", "counting", "text", "lora", "store", "offload", "quant",
+        "sampler", "plan", "choices", "candidates", "homes", "footprint", "counting", "text", "lora", "store", "offload", "quant",
         "attention", "cache",
     ),
     ("costs", "hardware", "heap", "rates", "schedule", "latents"),
