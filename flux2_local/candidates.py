@@ -292,13 +292,6 @@ class Draft:
         alive = max(alive, *(footprint.referring(self.setup, *size) for size in work.references), 0)
         return self.kept + self.visiting("vae") + footprint.carried(self.setup, work) + alive + self.beside()
 
-    @property
-    def making(self) -> int:
-        """Bytes of a CPU's memory while a quantized network that is to stay in its file is made, which happens once."""
-        if self.layout is not MAPPED or self.form is None:
-            return 0
-        return max(self.weights(name).total for name in ("transformer", "text_encoder"))
-
     def stay(self) -> tuple[int, ...]:
         """The most blocks that may stay."""
         if self.layout.transformer != "streamed":
@@ -359,11 +352,9 @@ class Draft:
             decode += self.weights("vae").total / self.rate(home)
         place, step = reading, compute
         home = found.get("transformer")
-        if home is None:
-            place += self.leaving / (hardware.link_rate * PAGEABLE)
-        elif self.layout.transformer == "staged":
+        if home is not None and self.layout.transformer == "staged":
             place += self.weights("transformer").total / self.rate(home)
-        else:
+        elif home is not None:
             held, passes, stream = self.weights("transformer"), self.passes, self.stream(stay, home)
             first, later = costs.stream_seconds(compute / passes, held.blocks, stream)
             step = passes * later
@@ -409,7 +400,7 @@ class Draft:
         stay = self.stay()
         found = self.homes(stay)
         host = sum(home.size for home in found.values())
-        others = max(self.denoising(stay), self.encoding(), self.making)
+        others = max(self.denoising(stay), self.encoding())
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import re
@@ -220,8 +219,9 @@ class Source:
 def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
     """Give a network on the meta device its weights, in the format that its plan says.
 
-    Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept. Nothing is on the host
-    twice but for a tensor at a time, and what is converted for a network that stays on a device is there at once.
+    Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept: those of a network that
+    streams a layer at a time, since host memory may be too short for all of it. Nothing is on the host twice but for a tensor at a
+    time, and what is converted for a network that stays on a device is there at once.
 
     Returns:
         What the user should know, or "".
@@ -235,19 +235,22 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         return ""
     for adapter, (update, _) in zip(source.adapters, updates, strict=True):
         loras.check(network, update, adapter.path.name)
-    recipe, kind, twin = Recipe(held.format, keep=held.keep), DTYPES[dtype], nn.Module()
-    twin._modules = copy.deepcopy(network._modules)
+    recipe, kind = Recipe(held.format, keep=held.keep), DTYPES[dtype]
     adapters = [(a.path, a.strength) for a in source.adapters]
     stem = f"{source.checkpoint.name}-{source.component}"
     kept = disk.Kept(stem, recipe, kind, disk.facts(recipe, kind, source.files, adapters))
     if kept.read(network, device):
         return ""
-    coming = convert.Coming(source.tensors(network), home)
-    layers = convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates), coming)
-    note = kept.write(network, layers)
-    if not note and held.placement == "streamed" and kept.read(twin, device):
-        network._modules.update(twin._modules)  # what was made leaves memory for its file
-    return note
+
+    def made(keep: convert.Keep | None = None) -> tuple[str, ...]:
+        coming = convert.Coming(source.tensors(network), home, keep)
+        return convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates), coming)
+
+    if held.placement == "streamed" and not recipe.form.not_kept:
+        size = sum(int(p.numel() * recipe.form.weight_bytes) for p in network.parameters())
+        if not kept.make(size, made) and kept.read(network, device):
+            return ""
+    return kept.write(network, made())
 
 
 def operations(plan: Plan, config: TransformerConfig, device: torch.device) -> Ops:

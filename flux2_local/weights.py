@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ from .mapping import Coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HEADER = 2**20
+"""Bytes left for the header of a file that grows; some thousands of tensors' names."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FETCH_AGAIN = "Fetch it again (`flux2-local download` repairs a model that it knows)."
@@ -151,6 +155,39 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         f.write(struct.pack("<Q", len(head)) + head)
         for _, value in order:
             f.write(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@contextmanager
+def growing(path: Path, metadata: dict[str, str]) -> Iterator[Callable[[str, Tensor], None]]:
+    """Write a safetensors file a tensor at a time: gives what takes each by name. The header comes last, into room left for it.
+
+    Args:
+        path: of the file, which is whole when the context is left.
+        metadata: to go with the tensors.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a tensor would leave the next one unaligned, or the header is too long.
+    """
+    names, end = {kind: name for name, kind in mapping.DTYPES.items()}, 0
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    with path.open("wb") as f:
+        f.seek(8 + HEADER)
+
+        def add(name: str, value: Tensor) -> None:
+            nonlocal end
+            if value.nbytes % 8:
+                raise ValueError(f"{name} has {value.nbytes} bytes")
+            begin, end = end, end + value.nbytes
+            entries[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+            f.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+        yield add
+        head = json.dumps(entries, separators=(",", ":")).encode()
+        if len(head) > HEADER:
+            raise ValueError(f"its header would have {len(head)} bytes")
+        f.seek(0)
+        f.write(struct.pack("<Q", HEADER) + head.ljust(HEADER))
 
 
 def fitting(

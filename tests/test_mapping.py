@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import loading
-from flux2_local import WeightsDamagedError, mapping, weights
+from flux2_local import OutputError, WeightsDamagedError, mapping, weights
+from flux2_local.files import replacing
 from flux2_local.model.meta import meta
 from flux2_local.offload import resident, staged
 from flux2_local.offload.tensors import Packed, hung
@@ -89,6 +90,20 @@ def test_every_type_as_safetensors_reads_it(tmp_path):
     for name, value in wanted.items():
         assert got[name].dtype == value.dtype and got[name].shape == value.shape
         assert torch.equal(got[name].float(), value.float())
+
+
+def test_a_file_that_grows_is_an_ordinary_one_or_none(tmp_path):
+    tensors = {"a": torch.randn(3, 8), "b": torch.arange(16, dtype=torch.int8), "c": torch.randn(4, 4).bfloat16()}
+    with replacing(tmp_path / "w.safetensors") as part, weights.growing(part, {"of": "it"}) as add:
+        for name, value in tensors.items():
+            add(name, value)
+    got = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(got[name], value) for name, value in tensors.items()) and len(got) == 3
+    assert all(torch.equal(value, tensors[name]) for name, value in weights.read_files([tmp_path / "w.safetensors"]))
+    odd = pytest.raises(OutputError, match="13 bytes")
+    with odd, replacing(tmp_path / "x.safetensors") as part, weights.growing(part, {}) as add:
+        add("a", torch.zeros(13, dtype=torch.int8))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
 def written(path, entries, size=16):

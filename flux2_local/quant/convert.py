@@ -19,6 +19,9 @@ from .recipe import Recipe
 Merged = Callable[[str, Tensor], Tensor]
 """(layer's name, its weight as stored) -> the weight with its adapters, in float32 where there are any."""
 
+Keep = Callable[[str, nn.Module | Tensor], None]
+"""(name, quantized layer or other tensor that is done)."""
+
 
 class Backend(Protocol):
     """What each backend's module offers; see :mod:`flux2_local.quant.builtin` for the terms."""
@@ -53,10 +56,12 @@ class Coming:
     Attributes:
         tensors: under the network's names, read as they are asked for.
         home: where what is made of them goes; it stays on the host where None.
+        keep: is given each quantized layer and every other tensor by name; the network gets none of them then.
     """
 
     tensors: weights.Tensors
     home: torch.device | None = None
+    keep: Keep | None = None
 
 
 @torch.no_grad()
@@ -102,7 +107,13 @@ def convert(
             quantized = quantize(weight, recipe.form, dtype, device)
             if coming.home is not None:
                 resident.hold(quantized, coming.home)
-            network.set_submodule(layer, quantized)
+            if coming.keep is not None:
+                coming.keep(layer, quantized)
+            else:
+                network.set_submodule(layer, quantized)
+            del quantized
+        elif coming.keep is not None:
+            coming.keep(name, mapping.made(weight, dtype) if weight.is_floating_point() else weight)
         elif weight.is_floating_point() and weight.dtype != dtype:
             weights.assign(network, name, mapping.made(weight, dtype, coming.home))
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .. import weights
 from ..errors import OutputError, WeightsDamagedError
 from ..files import cache_folder, check_folder, reason, replacing
 from ..hardware import package
-from .convert import backend
+from .convert import Keep, backend
 from .recipe import Recipe
 
 LAYOUT = 1
@@ -139,6 +140,34 @@ class Kept:
                 weights.write_file(part, tensors, {"flux2-local": self.facts})
         except OutputError as error:
             return f"The quantized weights could not be kept, and will be made again: {error}"
+        self._prune()
+        return ""
+
+    def make(self, size: int, convert: Callable[[Keep], object]) -> str:
+        """Keep a quantized network as it is made, so that memory never has all of it.
+
+        Args:
+            size: its bytes, about.
+            convert: makes it, and gives what it is called with every layer and tensor.
+
+        Returns:
+            "", or why it could not be kept.
+        """
+        parts = backend(self.recipe.form).parts
+        try:
+            check_folder(folder(), size + weights.HEADER)
+            with replacing(self.path) as part, weights.growing(part, {"flux2-local": self.facts}) as add:
+
+                def keep(name: str, made: nn.Module | Tensor) -> None:
+                    if isinstance(made, Tensor):
+                        add(name, made)
+                        return
+                    for own, value in parts(made).items():
+                        add(f"{name}.{own}", value)
+
+                convert(keep)
+        except OutputError as error:
+            return str(error)
         self._prune()
         return ""
 
