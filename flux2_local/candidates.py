@@ -11,6 +11,7 @@ from .footprint import Setup, Weights
 from .hardware import Hardware
 from .offload.streamed import RING
 from .presets import Tier, show_bytes, tiers
+from .quant.recipe import Recipe
 from .request import Variant
 
 Placement = Literal["resident", "staged", "streamed"]
@@ -76,10 +77,11 @@ class Seconds:
 
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
-        place: per picture, moving weights before and in the first step.
+        place: moving the transformer's weights before and in the first step, and the autoencoder's, once for all pictures.
         step: of a denoising step after the first.
-        decode: per picture, moving the decoder included.
+        decode: per picture.
         compute: of a step with all weights at hand.
+        expand: rewriting the prompt, moving weights included; 0 where it is not rewritten.
     """
 
     encode: float
@@ -87,10 +89,11 @@ class Seconds:
     step: float
     decode: float
     compute: float
+    expand: float = 0.0
 
     def total(self, work: Work) -> float:
-        """Of the whole request."""
-        return self.encode + work.images * (self.place + work.steps * self.step + self.decode)
+        """Of the request, by which ways are compared: without the prompt's expansion, for which nothing else is held otherwise."""
+        return self.encode + self.place + work.images * (work.steps * self.step + self.decode)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Candidate:
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
+        text_stay: where a prompt is expanded, numbers of the text encoder's blocks that stay meanwhile, where it streams.
+        expansion, expansion_stay: likewise, where what expansion needs beside it is meanwhile, and which of its blocks stay.
     """
 
     name: str
@@ -122,6 +127,9 @@ class Candidate:
     disk: int
     problem: str
     reason: str
+    text_stay: tuple[int, ...] = ()
+    expansion: Placement = "resident"
+    expansion_stay: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,14 +191,19 @@ class Draft:
     def weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
-        if self.form is not None and component != "vae":
+        if self.form is not None and component == "expansion":
+            recipe = Recipe(self.form.name)
+        elif self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
         dtype, schedule = WIDTH[self.terms.dtype], WIDTH[self.terms.schedule]
         held = footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
         return replace(held, schedule=held.schedule // dtype * schedule)
 
     def placement(self, component: str) -> Placement:
+        """Where a network is. What expansion needs beside the text encoder comes for it alone, where there is another place."""
+        alone = self.layout.name == "resident" and self.terms.hardware.kind != "cuda"
         return {
+            "expansion": "resident" if alone else "streamed",
             "transformer": self.layout.transformer,
             "text_encoder": self.layout.text_encoder,
             "vae": self.layout.vae,
@@ -225,11 +238,25 @@ class Draft:
         """Bytes of reading the next request's prompt meanwhile, as is done where the text encoder stays."""
         return footprint.encoding(self.setup) if self.layout.text_encoder == "resident" else 0
 
-    def encoding(self) -> int:
+    def encoder(self, stay: tuple[int, ...]) -> int:
+        """Bytes of the text encoder while it is used, beyond what never leaves."""
+        streams = self.layout.text_encoder == "streamed"
+        return self.weights("text_encoder").streaming(stay) if streams else self.visiting("text_encoder")
+
+    def encoding(self, stay: tuple[int, ...] = ()) -> int:
         """Bytes of device memory while the prompt is read."""
-        held = self.weights("text_encoder")
-        there = held.streaming(()) if self.layout.text_encoder == "streamed" else self.visiting("text_encoder")
-        return self.kept + there + footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        return self.kept + self.encoder(stay) + alive
+
+    def expanding(self, text_stay: tuple[int, ...], stay: tuple[int, ...]) -> int:
+        """Bytes of device memory while the prompt is expanded, other pictures' prompts being there already."""
+        chat = self.terms.need.work.chat
+        if not chat:
+            return 0
+        held = self.weights("expansion")
+        there = held.total if self.placement("expansion") == "resident" else held.streaming(stay)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.expanding(self.setup, chat)
+        return self.kept + self.encoder(text_stay) + there + alive + self.beside()
 
     def pixels(self, tile: int) -> int:
         """Bytes of device memory while pictures are decoded or references encoded, the larger."""
@@ -249,10 +276,31 @@ class Draft:
                 return stay
         return ()
 
-    def host(self) -> tuple[tuple[str, ...], int]:
-        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then."""
-        held = {n: self.weights(n) for n in ("text_encoder", "transformer", "vae") if self.placement(n) != "resident"}
-        mapped: list[str] = []
+    def expansion_stay(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most blocks of the text encoder, and of what expansion needs beside it, that may stay while a prompt is expanded."""
+        if not self.terms.need.work.chat or self.placement("expansion") == "resident":
+            return (), ()
+        own = self.weights("text_encoder").blocks if self.layout.text_encoder == "streamed" else ()
+        sizes = (*own, *self.weights("expansion").blocks)
+        for share in range(SHARES):
+            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
+            text = tuple(n for n in stay if n < len(own))
+            others = tuple(n - len(own) for n in stay if n >= len(own))
+            if max(self.expanding(text, others), self.encoding(text)) <= self.terms.limit:
+                return text, others
+        return (), ()
+
+    def host(self, all_stay: bool = False) -> tuple[tuple[str, ...], int]:
+        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then.
+
+        Args:
+            all_stay: whether what expansion needs is brought once, for which it need not be in host memory.
+        """
+        names = ("expansion", "text_encoder", "transformer", "vae")
+        held = {n: self.weights(n) for n in names if self.placement(n) != "resident"}
+        if not self.terms.need.work.chat:
+            held.pop("expansion", None)
+        mapped = ["expansion"] if all_stay and "expansion" in held else []
         while True:
             total = sum(w.total for n, w in held.items() if n not in mapped)
             total += sum(2 * max(w.blocks) + w.hosted for n, w in held.items() if n in mapped and w.blocks)
@@ -268,27 +316,44 @@ class Draft:
         return min(link, hardware.disk_rate) if component in mapped else link
 
     def seconds(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> Seconds:
-        """Predicted seconds."""
+        """Predicted seconds, expansion left out."""
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
         compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
         encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
-        decode += self.visiting("vae") / self.rate("vae", mapped)
-        place, step, rate = 0.0, compute, self.rate("transformer", mapped)
+        place, step, rate = self.visiting("vae") / self.rate("vae", mapped), compute, self.rate("transformer", mapped)
         if self.layout.transformer == "staged":
-            place = self.weights("transformer").total / rate
+            place += self.weights("transformer").total / rate
         elif self.layout.transformer == "streamed":
             held = self.weights("transformer")
             first, step = costs.stream_seconds(compute, held.blocks, stay, rate, RING)
-            place = first - step + (held.rest + held.schedule) / (rate * PAGEABLE)
+            place += first - step + (held.rest + held.schedule) / (rate * PAGEABLE)
         rate = self.rate("text_encoder", mapped)
         if self.layout.text_encoder == "staged":
             encode += self.weights("text_encoder").total / rate
         elif self.layout.text_encoder == "streamed":
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
         return Seconds(encode, place, step, decode, compute)
+
+    def expand_seconds(self, text_stay: tuple[int, ...], stay: tuple[int, ...], mapped: tuple[str, ...]) -> float:
+        """Predicted seconds of expanding the prompt, roughly: reading the files, the chat, and an answer of usual length, for each of
+        whose tokens all weights are read and those that stay nowhere are copied."""
+        need, hardware = self.terms.need, self.terms.hardware
+        if not need.work.chat:
+            return 0.0
+        own, others = self.weights("text_encoder"), self.weights("expansion")
+        arrive, moving = others.total / hardware.disk_rate, 0.0
+        if self.layout.text_encoder != "resident":
+            arrive += own.total / self.rate("text_encoder", mapped)
+        if self.layout.text_encoder == "streamed":
+            moving += own.moving(text_stay) / self.rate("text_encoder", mapped)
+        if self.placement("expansion") == "streamed":
+            moving += others.moving(stay) / self.rate("expansion", mapped)
+        token = max(moving, (own.total + others.total) / hardware.memory_rate)
+        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        return arrive + costs.expand_flops(need.arch, need.work.chat) / flops + costs.ANSWER * token
 
     def beyond(self, component: str, work: Work) -> float:
         """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
@@ -306,7 +371,8 @@ class Draft:
         files = costs.checkpoint_parameters(self.terms.need.arch) * WIDTH["bfloat16"]
         if self.form is None or self.form.not_kept:
             return files
-        return files + sum(self.weights(name).total for name in ("transformer", "text_encoder"))
+        names = ["transformer", "text_encoder"] + ["expansion"] * bool(self.terms.need.work.chat)
+        return files + sum(self.weights(name).total for name in names)
 
     def problem(self, peak: int, host: int) -> str:
         """Why it does not fit, or ""."""
@@ -319,8 +385,9 @@ class Draft:
 
     def candidate(self) -> Candidate:
         """With whole pictures decoded where they fit, as many blocks staying as fit, and as much in host memory as fits."""
-        stay, (mapped, host) = self.stay(), self.host()
-        others = max(self.denoising(stay), self.encoding())
+        stay, (text_stay, expansion_stay) = self.stay(), self.expansion_stay()
+        mapped, host = self.host(len(expansion_stay) == len(self.weights("expansion").blocks))
+        others = max(self.denoising(stay), self.encoding(text_stay), self.expanding(text_stay, expansion_stay))
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
@@ -332,19 +399,25 @@ class Draft:
             stay=stay,
             mapped=mapped,
             tile=tile,
-            seconds=self.seconds(stay, mapped, tile),
+            seconds=replace(
+                self.seconds(stay, mapped, tile), expand=self.expand_seconds(text_stay, expansion_stay, mapped)
+            ),
             peak=peak,
             host=host,
             disk=self.disk(),
             problem=self.problem(peak, host),
             reason=self._reason(stay, mapped),
+            text_stay=text_stay,
+            expansion=self.placement("expansion"),
+            expansion_stay=expansion_stay,
         )
 
     def _name(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> str:
         weights = "" if self.form is None else f"{self.form.name} weights, "
         count = len(self.weights("transformer").blocks)
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
-        files = f", {' and '.join(n.replace('_', ' ') for n in mapped)} from disk" if mapped else ""
+        named = [n.replace("_", " ") for n in mapped if n != "expansion"]
+        files = f", {' and '.join(named)} from disk" if named else ""
         return f"{weights}{self.layout.name}{blocks}{files}, {f'decoded in {tile}-pixel tiles' if tile else 'decoded whole'}"
 
     def _reason(self, stay: tuple[int, ...], mapped: tuple[str, ...]) -> str:

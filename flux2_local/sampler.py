@@ -29,6 +29,7 @@ class Conditions:
         embedded: whether the network itself reads the guidance scale.
         references: reference tokens [1, R, C], or None.
         rotary: tables for text, picture and references.
+        table: a :class:`Modulation` per step, where others were denoised with the same before; None makes it.
     """
 
     text: Tensor
@@ -37,8 +38,10 @@ class Conditions:
     embedded: bool
     references: Tensor | None
     rotary: Rotary
+    table: list[Modulation] | None = None
 
 
+@torch.inference_mode()
 def modulations(
     transformer: Flux2Transformer, schedule: Schedule, guidance: float | None, device: torch.device
 ) -> list[Modulation]:
@@ -73,7 +76,7 @@ def denoise(
         [B, N, C], the dtype of ``noise``.
     """
     c, device = conditions, noise.device
-    table = modulations(transformer, schedule, c.guidance if c.embedded else None, device)
+    table = c.table or modulations(transformer, schedule, c.guidance if c.embedded else None, device)
     context = transformer.context(c.text).expand(len(noise), -1, -1)
     negative = None if c.negative is None else transformer.context(c.negative).expand(len(noise), -1, -1)
     references = None if c.references is None else c.references.expand(len(noise), -1, -1)

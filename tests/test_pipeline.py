@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, Result, images, pipeline
+from flux2_local.progress import Reporter
 from flux2_local.stages import slug
 
 FAST = {"image_size": "square", "num_inference_steps": 4, "enable_safety_checker": False}
@@ -119,6 +120,13 @@ def test_an_interrupt_leaves_the_pipeline_usable(flux):
     assert np.array_equal(pixels(flux.generate("a boat", seed=1, **FAST)), before)
 
 
+def rewritten(flux, **fields):
+    """The answer to "a boat", nothing else of the request being made."""
+    run = flux._run({"prompt": "a boat", "enable_prompt_expansion": True, **FAST, **fields}, Reporter())
+    flux._adopt(run.plan)
+    return run.expand()
+
+
 def test_expansion_uses_the_models_own_language_model(flux, dev_folder):
     result = flux.generate("a boat", seed=3, enable_prompt_expansion=True, **FAST)
     assert result.prompt != "a boat" and result.timings.expand > 0
@@ -145,16 +153,13 @@ def test_expansion_sends_the_makers_message(flux, monkeypatch):
     assert said == [("a boat", t2i, 1), ("a boat", i2i, 1)]
 
 
-def test_expansion_generates_as_diffusers_does(dev_folder, flux):
+def test_expansion_generates_as_diffusers_does(dev_folder):
     """The same chat and sampling as ``upsample_prompt``, which pads on the left to no effect."""
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_T2I
     from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
 
-    from flux2_local.text.expand import Expander
-
-    expander = Expander(dev_folder, flux._components.tokenizer, True, torch.float32, torch.device("cpu"))
-    got = expander("a boat", SYSTEM_MESSAGE_UPSAMPLING_T2I, 5)
+    got = rewritten(Flux2.load(dev_folder, dtype="float32"), seed=5)
     tok = AutoTokenizer.from_pretrained(dev_folder / "tokenizer")
     model = Mistral3ForConditionalGeneration.from_pretrained(dev_folder / "text_encoder", dtype=torch.float32)
     inputs = tok.apply_chat_template(
