@@ -273,7 +273,7 @@ def expanding(setup: Setup, chat: int) -> int:
         network.layers[0](x, rotary, None, Past(own, length, kind, torch.device("meta")))  # type: ignore[index]
     wide = WIDTH[setup.dtype]
     others = (own.num_hidden_layers - 1) * 2 * own.num_key_value_heads * length * own.head_dim * wide
-    tables = length * own.head_dim * max(2 * wide, wide + 3 * 4)
+    tables = 2 * length * own.head_dim * wide
     drawing = own.vocab_size * (wide + 8 * 4)
     return others + tables + max(peak.peak, drawing)
 

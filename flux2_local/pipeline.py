@@ -261,8 +261,7 @@ class Flux2:
         """
         need = self._need(request, request.acceleration or self.settings.acceleration)
         sizes = tuple(images.reference_size(*picture.size, need.arch.multiple) for picture in references)
-        work = replace(need.work, references=sizes, chat=chat_tokens(self, request))
-        return self.settings.plan(replace(need, work=work), self.hardware)
+        return self.settings.plan(replace(need, work=replace(need.work, references=sizes)), self.hardware)
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
@@ -279,10 +278,8 @@ class Flux2:
         width, height = request.size
         arch = load.architecture(self.checkpoint)
         steps = self.steps(request)
-        tier = tiers()[acceleration]
-        return Need(
-            self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps, request.num_images)
-        )
+        work = Work(width, height, steps, request.num_images, chat=chat_tokens(self, request))
+        return Need(self.checkpoint.name, self.settings.variant, tiers()[acceleration], arch, work)
 
     def steps(self, request: Request) -> int:
         """Denoising steps of a request: its own number, or the variant's."""
