@@ -34,6 +34,9 @@ TILED = (4 / 3) ** 2
 PREVIEW = 16
 """Side in tokens of the pictures that previews are decoded to at most."""
 
+GATHERED = 4
+"""Pictures of different requests in bulk for which the transformer is brought once. They are ready together."""
+
 SHARES = 64
 """Paces of streaming that are tried for one that fits."""
 
@@ -185,6 +188,7 @@ class Draft:
             skipping=t.skipping,
             folded=t.folded,
             channels_last=not t.need.tier.exact,
+            gathered=1 if self.layout.transformer == "resident" else GATHERED,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
         )
 

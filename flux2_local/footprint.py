@@ -168,6 +168,7 @@ class Setup:
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
         channels_last: whether convolutions run in that layout.
+        gathered: pictures whose latents wait for each other at least.
         threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
     """
 
@@ -180,6 +181,7 @@ class Setup:
     skipping: bool = False
     folded: bool = False
     channels_last: bool = True
+    gathered: int = 1
     threads: int = 0
 
     @property
@@ -197,7 +199,7 @@ def texts(setup: Setup, work: Work) -> int:
 def carried(setup: Setup, work: Work) -> int:
     """Bytes that live from the first stages to the end of decoding: embeddings, references' latents and the pictures'."""
     arch, own = setup.arch, setup.arch.transformer
-    tokens = max(work.batch, work.images) * arch.tokens(work.width, work.height)
+    tokens = max(work.batch, work.images, setup.gathered) * arch.tokens(work.width, work.height)
     tokens += sum(arch.tokens(*size) for size in work.references)
     return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
 

@@ -195,6 +195,8 @@ class Flux2:
             with around():
                 for run in runs:
                     run.prepare()
+                    if len(runs) > run.plan.batch:
+                        run.wait(runs[0])
                 paint(runs)
                 return [run.result() for run in runs]
 

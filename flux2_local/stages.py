@@ -56,6 +56,12 @@ class Run:
         self.text, self.negative = self.encode(self.prompt)
         self.latents = self.encoded(self.references) if self.references else []
 
+    def wait(self, lead: Run) -> None:
+        """Let the prompt's embedding be in host memory until it is its turn; the empty prompt's is ``lead``'s for all."""
+        self.text = self.text.cpu()
+        if self is not lead:
+            self.negative = None
+
     def result(self) -> Result:
         """The painted pictures, checked and encoded."""
         checked = self.check(self.pictures)
@@ -170,7 +176,7 @@ class Run:
             layout.reference_positions([(z.shape[2], z.shape[3]) for z in self.latents]),
         ]
         conditions = Conditions(
-            text=torch.cat([run.text for run, _ in shots]),
+            text=torch.cat([run.text for run, _ in shots]).to(c.device),
             negative=self.negative,
             guidance=request.guidance_scale,
             embedded=flux.checkpoint.preset.guidance == "embedded",
