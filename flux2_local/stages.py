@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .model.transformer import Modulation
     from .pipeline import Flux2
+    from .sampler import Prepared
     from .schedule import Schedule
     from .text.tokenizer import Tokens
 
@@ -147,28 +147,23 @@ class Run:
         recipe = flux.checkpoint.preset.recipe(flux.settings.variant)
         return make_schedule(recipe, flux.steps(self.request), rows * columns)
 
-    def modulations(self) -> list[Modulation]:
-        """What the transformer makes of the noise levels, for every picture alike."""
-        from .sampler import modulations
-
-        c, embedded = self.flux._components, self.flux.checkpoint.preset.guidance == "embedded"
-        return modulations(c.transformer, self.schedule, self.request.guidance_scale if embedded else None, c.device)
-
-    def denoise(self, shots: list[Shot], table: list[Modulation], done: int, count: int) -> torch.Tensor:
+    def denoise(
+        self, shots: list[Shot], prepared: Prepared | None, done: int, count: int
+    ) -> tuple[torch.Tensor, Prepared]:
         """Packed latents of ``shots`` [B, N, C], all like this run's own. The transformer is on the device.
 
         Args:
             shots: the pictures that are denoised together.
-            table: of :meth:`modulations`.
+            prepared: what the denoising before this one gave beside its latents, or None.
             done, count: denoisings before this one and in all, for the progress.
         """
         import torch
 
         from . import latents as layout
-        from .sampler import Conditions, denoise
+        from .sampler import Conditions, denoise, prepare
 
         flux, request, c = self.flux, self.request, self.flux._components
-        grid, schedule = self.grid, self.schedule
+        preset, grid, schedule = flux.checkpoint.preset, self.grid, self.schedule
         noise = [layout.noise(run.seed + number, c.transformer.config.in_channels, *grid) for run, number in shots]
         positions = [
             layout.text_positions(self.text.shape[1]),
@@ -179,11 +174,14 @@ class Run:
             text=torch.cat([run.text for run, _ in shots]).to(c.device),
             negative=self.negative,
             guidance=request.guidance_scale,
-            embedded=flux.checkpoint.preset.guidance == "embedded",
+            embedded=preset.guidance == "embedded",
             references=torch.cat([layout.pack(z) for z in self.latents], 1) if self.latents else None,
             rotary=c.transformer.rotary(torch.cat(positions).to(c.device)),
-            table=table,
+            together=self.plan.together,
+            once=preset.references_once,
         )
+        prepared = prepared or prepare(c.transformer, schedule, conditions)
+        conditions = replace(conditions, prepared=prepared)
         total = schedule.steps * count
 
         def on_step(step: int, _: torch.Tensor, estimate: torch.Tensor) -> None:
@@ -193,7 +191,7 @@ class Run:
             )
 
         start = layout.pack(torch.cat(noise)).to(c.device, self.text.dtype)
-        return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache)
+        return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), prepared
 
     def preview(self, estimate: torch.Tensor) -> Image.Image:
         """A small picture of an estimate of the latents, at most :data:`~flux2_local.candidates.PREVIEW` tokens long."""
@@ -286,11 +284,13 @@ def paint(runs: list[Run]) -> None:
     c, size, owners = lead.flux._components, lead.plan.batch, [run for run, _ in shots]
     parts = [shots[i : i + size] for i in range(0, len(shots), size)]
     with lead.stage("denoise", owners), c.hold_transformer():
-        table = lead.modulations()
-        latents = [lead.denoise(part, table, done, len(parts)) for done, part in enumerate(parts)]
-        del table
+        latents, prepared = [], None
+        for done, part in enumerate(parts):
+            made, prepared = lead.denoise(part, prepared, done, len(parts))
+            latents += made.split(1)
+        del prepared
     with lead.stage("decode", owners), c.hold_vae():
-        for run, own in zip(owners, (one for part in latents for one in part.split(1)), strict=True):
+        for run, own in zip(owners, latents, strict=True):
             run.pictures.append(run.decode(own))
             lead.report.stop()
 

@@ -19,6 +19,7 @@ LAYERS = (
     ),
     ("ceiling", "costs", "hardware", "heap", "rates", "schedule", "latents"),
     ("model",),
+    ("single",),
     ("weights", "result", "images", "files", "frames", "progress"),
     ("mapping",),
     ("presets",),
