@@ -250,7 +250,7 @@ def denoised(flux, setup, plan, **fields):
     run.prepare()
     shots = [(run, number) for number in range(run.request.num_images)]
     given = [run.text, *([] if run.negative is None else [run.negative]), *run.latents]
-    measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, 0, 1))
+    measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, None, 0, 1))
     sizes = tuple(picture.size for picture in run.references)
     work = replace(run.plan.work, references=sizes, batch=len(shots))
     own = replace(draft(flux, LAYOUTS[0], 0, **fields).setup, arch=load.architecture(flux.checkpoint), **setup)
