@@ -10,6 +10,9 @@ alone, and no block is computed in a skipped step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,24 @@ from .presets import CachePolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Course = tuple[bool, list[int]]
+"""Of one :class:`StepCache`: whether it probes, and the steps that it skipped, which grow while it works."""
+
+_watching: ContextVar[list[Course] | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Course]]:
+    """The courses of the caches that are made inside, in their order: one per picture, with classifier-free guidance the first
+    passes' and then the second ones'."""
+    seen: list[Course] = []
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
 
 
 @dataclass
@@ -34,6 +55,10 @@ class StepCache:
     skipped: list[int] = field(default_factory=list)
     _first: Tensor | None = None
     _whole: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (seen := _watching.get()) is not None:
+            seen.append((self.probes, self.skipped))
 
     @property
     def probes(self) -> bool:

@@ -122,17 +122,32 @@ def layer_parameters(arch: Architecture) -> dict[str, int]:
     return {name: count(blocks[0]) if len(blocks) else 0 for name, blocks in lists.items()}  # type: ignore[arg-type, index]
 
 
+def image_tokens(arch: Architecture, work: Work) -> int:
+    """Tokens of a picture and its references."""
+    return arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+
+
 def step_flops(arch: Architecture, work: Work) -> float:
     """FLOPs of one denoising step: linear layers on image, reference and text tokens, and attention between all."""
-    t, image = arch.transformer, arch.tokens(work.width, work.height)
-    image += sum(arch.tokens(*size) for size in work.references)
-    text = arch.text_tokens
-    layers = layer_parameters(arch)
-    double = t.num_layers * layers["double"] / 2 * (image + text)
-    single = t.num_single_layers * layers["single"] * (image + text)
-    ends = t.width * 2 * t.in_channels * image
-    attention = 2 * (image + text) ** 2 * t.width * (t.num_layers + t.num_single_layers)
-    return 2.0 * (double + single + ends + attention) * work.batch * arch.passes
+    t, (double, single) = arch.transformer, block_flops(arch, work)
+    ends = 4.0 * t.width * t.in_channels * image_tokens(arch, work)
+    return (t.num_layers * double + t.num_single_layers * single + ends) * work.batch * arch.passes
+
+
+def block_flops(arch: Architecture, work: Work) -> tuple[float, float]:
+    """FLOPs of a double and of a single block in one evaluation for one picture."""
+    tokens, layers = image_tokens(arch, work) + arch.text_tokens, layer_parameters(arch)
+    attention = 2 * tokens**2 * arch.transformer.width
+    return 2.0 * (layers["double"] / 2 * tokens + attention), 2.0 * (layers["single"] * tokens + attention)
+
+
+def step_bytes(arch: Architecture, work: Work, dtype: str) -> float:
+    """Bytes that the blocks' linear layers cannot but move in one step for one picture: their weights, and what goes into each and
+    comes out, once; all in ``dtype``."""
+    t, layers, per_token = arch.transformer, layer_parameters(arch), linears(arch, "transformer")
+    tokens = image_tokens(arch, work) + arch.text_tokens
+    weights = t.num_layers * layers["double"] + t.num_single_layers * layers["single"]
+    return WIDTH[dtype] * (weights + tokens * (per_token.inputs + per_token.outputs)) * arch.passes
 
 
 def encode_flops(arch: Architecture) -> float:
