@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from flux2_local import Flux2
-from flux2_local.bench import environment
+from flux2_local.bench import environment, peers
+from flux2_local.bench.subject import Subject
 from flux2_local.bench.worker import peak_resident
 from flux2_local.candidates import SYSTEM_RESERVE
 from flux2_local.errors import Flux2Error
@@ -118,12 +119,12 @@ def ours(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def stock(case: Case, folder: Path, place: Callable[[Any, torch.device], None]) -> dict[str, Any]:
-    """diffusers' denoising; ``place`` puts the transformer where it is to be."""
+def stock(case: Case, folder: Path, change: peers.Change) -> dict[str, Any]:
+    """diffusers' denoising; ``change`` puts the pipeline where it is to be."""
     hardware = probe(case.device)
     bench = tiers.prepare(folder, hardware, case.width, case.height, case.steps, torch.device("cpu"))
     case.limit()
-    contender = bench.stock(place)
+    contender = bench.stock(change)
     ends: list[float] = []
     for _ in range(2):
         ends.clear()
@@ -131,15 +132,12 @@ def stock(case: Case, folder: Path, place: Callable[[Any, torch.device], None]) 
     return {"seconds": {"step": (ends[-1] - ends[0]) / (len(ends) - 1)}}
 
 
-def resident(transformer: Any, device: torch.device) -> None:
-    transformer.to(device)
-
-
-def grouped(transformer: Any, device: torch.device) -> None:
+def grouped(pipe: Any, subject: Subject) -> None:
     """Groups of one block, the next fetched while one computes. All weights are page-locked once where the host has room for a copy,
     else block by block. Without a card there is no stream to fetch on."""
-    size = sum(weight.nbytes for weight in transformer.parameters())
-    transformer.enable_group_offload(
+    size, device = sum(weight.nbytes for weight in pipe.transformer.parameters()), torch.device(subject.device)
+    pipe.vae.to(device)
+    pipe.transformer.enable_group_offload(
         onload_device=device,
         offload_device=torch.device("cpu"),
         offload_type="block_level",
@@ -149,9 +147,15 @@ def grouped(transformer: Any, device: torch.device) -> None:
     )
 
 
+def offloaded(pipe: Any, subject: Subject) -> None:
+    """One network at a time on the card; without a card there is nothing to move."""
+    (peers.model_offload if subject.kind == "cuda" else peers.plain)(pipe, subject)
+
+
 CONTENDERS: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
     "flux2-local": ours,
-    "diffusers, resident": lambda case, folder: stock(case, folder, resident),
+    "diffusers, resident": lambda case, folder: stock(case, folder, peers.plain),
+    "diffusers, model offload": lambda case, folder: stock(case, folder, offloaded),
     "diffusers, group offload": lambda case, folder: stock(case, folder, grouped),
 }
 

@@ -3,9 +3,9 @@
     python -m benchmarks.masks                 # 28 steps, to benchmarks/masks/tiny-28-steps.json
     python -m benchmarks.masks --steps 50
 
-What random weights draw says nothing about what may be skipped. So the decisions are those of a model that draws something, at the same
-number of steps: every tier's own step cache, over the prompts of the contact sheet. Whether another model's pictures would bear them
-is not said by that; what they save there is.
+What random weights draw says nothing about what may be skipped. So the decisions are those of a model that draws something, at
+the same number of steps: every tier's own step cache, over the prompts of the contact sheet. Whether another model's pictures
+would bear them is not said by that; what they save there is.
 """
 
 from __future__ import annotations

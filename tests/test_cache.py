@@ -77,7 +77,7 @@ def test_steps_that_may_be_skipped_are(dev_folder, monkeypatch, policy, first):
 
 @pytest.mark.parametrize("threshold", [0.5, math.inf])
 def test_a_recorded_mask_skips_exactly_its_steps(dev_folder, monkeypatch, threshold):
-    """Whatever the policy would say of them: a first-block criterion's two kinds of steps, replayed, and more in a row than permitted."""
+    """Whatever the policy would say of them: its warmup, its tail, and more in a row than its limit."""
     flux = Flux2.load(dev_folder)
     skips = (1, 2, 3, 4, 6, 8)
     with_policy(monkeypatch, Recorded(threshold, warmup=9, tail=9, limit=1, skips=skips))

@@ -32,6 +32,7 @@ class Contender:
         needs: distributions it needs.
         why_kinds: why it needs these devices, where it does.
         usual: whether it is measured where none is named.
+        change: what makes the stock pipeline it, where that is how it is built.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Contender:
     needs: tuple[str, ...] = ()
     why_kinds: str = ""
     usual: bool = True
+    change: peers.Change | None = None
 
     def obstacle(self, subject: Subject) -> str | None:
         """Why it cannot run on ``subject``, as far as that is known beforehand; None where nothing speaks against it."""
@@ -101,8 +103,8 @@ def mine(name: str, note: str, variant: str, acceleration: str, group: Group = "
     return Contender(name, group, note, partial(ours, variant=variant, acceleration=acceleration, **wishes))
 
 
-def theirs(name: str, note: str, change: Callable[..., None], **needs: Any) -> Contender:
-    return Contender(name, "peer", note, partial(peers.pipeline, change=change), **needs)
+def theirs(name: str, note: str, change: peers.Change, **needs: Any) -> Contender:
+    return Contender(name, "peer", note, partial(peers.pipeline, change=change), change=change, **needs)
 
 
 OFFLOAD = {
