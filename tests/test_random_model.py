@@ -82,7 +82,7 @@ def test_devs_shards_run_in_diffusers_too(dev):
         assert set(index["weight_map"].values()) == {file.name for file in files}
     assert not (dev / random_model.PUBLISHED).exists()
     mine = picture(Flux2.load(dev, acceleration="none"))
-    pipe = Flux2Pipeline.from_pretrained(dev)
+    pipe = Flux2Pipeline.from_pretrained(dev, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
     stock = pipe(prompt="a boat", width=512, height=512, num_inference_steps=4, generator=generator).images[0]
