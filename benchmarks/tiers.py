@@ -390,7 +390,8 @@ def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float
     """A record each: ratios are medians over the rounds; ``tflop_per_s`` is of all steps' arithmetic, and the shares of the product
     and the copy rate are of what was computed. Formats other than the activations' are held to the rate of these."""
     arch, stock = replace(load.architecture(bench.checkpoint), passes=1), contenders[0]
-    step, blocks = costs.step_flops(arch, bench.work), costs.block_flops(arch, bench.work)
+    tokens = arch.tokens(bench.work.width, bench.work.height) + arch.text_tokens
+    step, blocks = costs.step_flops(arch, bench.work), costs.one_block_flops(arch, tokens, tokens)
     rows = []
     for contender in contenders:
         assert contender.latents is not None and stock.latents is not None

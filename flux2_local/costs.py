@@ -52,6 +52,8 @@ class Architecture:
     text_tokens: int
     passes: int = 1
     """Transformer evaluations per step: 2 with classifier-free guidance."""
+    references_once: bool = False
+    """Whether references attend to themselves alone, so that their keys and values are computed once, before the first step."""
 
     @property
     def multiple(self) -> int:
@@ -61,6 +63,16 @@ class Architecture:
     def tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture, its size rounded up to whole tokens."""
         return -(-width // self.multiple) * -(-height // self.multiple)
+
+    def reference_tokens(self, work: Work) -> int:
+        """Of all reference pictures."""
+        return sum(self.tokens(*size) for size in work.references)
+
+    def step_tokens(self, work: Work) -> int:
+        """Image tokens that go through the transformer in every step for one picture: its own, and its references' where they
+        are not read once."""
+        others = 0 if self.references_once else self.reference_tokens(work)
+        return self.tokens(work.width, work.height) + others
 
 
 @dataclass(frozen=True)
@@ -122,22 +134,30 @@ def layer_parameters(arch: Architecture) -> dict[str, int]:
     return {name: count(blocks[0]) if len(blocks) else 0 for name, blocks in lists.items()}  # type: ignore[arg-type, index]
 
 
-def image_tokens(arch: Architecture, work: Work) -> int:
-    """Tokens of a picture and its references."""
-    return arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
-
-
 def step_flops(arch: Architecture, work: Work) -> float:
-    """FLOPs of one denoising step: linear layers on image, reference and text tokens, and attention between all."""
-    t, (double, single) = arch.transformer, block_flops(arch, work)
-    ends = 4.0 * t.width * t.in_channels * image_tokens(arch, work)
-    return (t.num_layers * double + t.num_single_layers * single + ends) * work.batch * arch.passes
+    """FLOPs of one denoising step: linear layers on the tokens that go through it, and their attention to all."""
+    t, image = arch.transformer, arch.step_tokens(work)
+    own = image + arch.text_tokens
+    all_tokens = own + arch.reference_tokens(work) if arch.references_once else own
+    ends = t.width * 2 * t.in_channels * image
+    return (block_flops(arch, own, all_tokens) + 2.0 * ends) * work.batch * arch.passes
 
 
-def block_flops(arch: Architecture, work: Work) -> tuple[float, float]:
-    """FLOPs of a double and of a single block in one evaluation for one picture."""
-    tokens, layers = image_tokens(arch, work) + arch.text_tokens, layer_parameters(arch)
-    attention = 2 * tokens**2 * arch.transformer.width
+def reference_flops(arch: Architecture, work: Work) -> float:
+    """FLOPs of reading the references once, where the model does."""
+    t, others = arch.transformer, arch.reference_tokens(work) if arch.references_once else 0
+    return block_flops(arch, others, others) + 2.0 * t.width * t.in_channels * others
+
+
+def block_flops(arch: Architecture, tokens: int, keys: int) -> float:
+    """FLOPs of the transformer's blocks for one sequence of ``tokens`` that attend to ``keys``."""
+    double, single = one_block_flops(arch, tokens, keys)
+    return arch.transformer.num_layers * double + arch.transformer.num_single_layers * single
+
+
+def one_block_flops(arch: Architecture, tokens: int, keys: int) -> tuple[float, float]:
+    """FLOPs of a double and of a single block for one sequence of ``tokens`` that attend to ``keys``."""
+    layers, attention = layer_parameters(arch), 2 * tokens * keys * arch.transformer.width
     return 2.0 * (layers["double"] / 2 * tokens + attention), 2.0 * (layers["single"] * tokens + attention)
 
 
@@ -145,7 +165,7 @@ def step_bytes(arch: Architecture, work: Work, dtype: str) -> float:
     """Bytes that the blocks' linear layers cannot but move in one step for one picture: their weights, and what goes into each and
     comes out, once; all in ``dtype``."""
     t, layers, per_token = arch.transformer, layer_parameters(arch), linears(arch, "transformer")
-    tokens = image_tokens(arch, work) + arch.text_tokens
+    tokens = arch.step_tokens(work) + arch.text_tokens
     weights = t.num_layers * layers["double"] + t.num_single_layers * layers["single"]
     return WIDTH[dtype] * (weights + tokens * (per_token.inputs + per_token.outputs)) * arch.passes
 

@@ -116,7 +116,8 @@ def test_skipped_blocks_are_not_counted_as_computed():
     assert whole.tflop_per_s == part.tflop_per_s and whole.share == pytest.approx(whole.tflop_per_s / 0.1)
     assert part.skipped == [3, 15]
     arch = results.architecture(SUBJECT)
-    double, single = costs.block_flops(arch, Work(512, 512))
+    tokens = arch.tokens(512, 512) + arch.text_tokens
+    double, single = costs.one_block_flops(arch, tokens, tokens)
     assert double + 5 * single == pytest.approx(
         costs.step_flops(arch, Work(512, 512)), rel=0.01
     )  # all but the first and the last layer

@@ -204,7 +204,9 @@ def architecture(subject: Subject) -> costs.Architecture:
 
 def flops_spared(subject: Subject, skipped: Sequence[float]) -> float:
     """FLOPs of so many double and single blocks left out."""
-    each = costs.block_flops(architecture(subject), Work(subject.width, subject.height))
+    arch = architecture(subject)
+    tokens = arch.tokens(subject.width, subject.height) + arch.text_tokens
+    each = costs.one_block_flops(arch, tokens, tokens)
     return sum(count * one for count, one in zip(skipped, each, strict=True))
 
 
