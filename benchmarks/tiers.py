@@ -433,7 +433,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = ("", "seconds", "× diffusers", "TFLOP/s", "of products", "of copies", "error")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [
-        f"| {r['name']} | {r['seconds']:.3f} | {r['ratio']:.2f} | {r['tflop_per_s']:.1f} | {r['share']:.0%} "
+        f"| {r['name']} | {r['seconds']:.3f} | {r['ratio']:.2f} | {r['tflop_per_s']:.3g} | {r['share']:.0%} "
         f"| {r['copy_share']:.0%} | {r['error']:.2g} |"
         for r in rows
     ]
