@@ -40,7 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("kernels", "tiers", "budgets")
 SMALL = ("--model", "tiny", "--device", "cpu", "--size", "512x512", "--steps", "4")
-QUICK = {"tiers": ("--only", "none", "--only", "high, int8"), "budgets": ()}
+QUICK = {
+    "tiers": ("--only", "none", "--only", "high, int8"),
+    "budgets": ("--contender", "flux2-local", "--contender", "diffusers, group offload"),
+}
 """Of the models' parts in a dry run, and of each of them."""
 
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
