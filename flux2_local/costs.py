@@ -163,11 +163,23 @@ def reference_flops(arch: Architecture, work: Work) -> float:
 
 def block_flops(arch: Architecture, tokens: int, keys: int) -> float:
     """FLOPs of the transformer's blocks for one sequence of ``tokens`` that attend to ``keys``."""
-    t, layers = arch.transformer, layer_parameters(arch)
-    double = t.num_layers * layers["double"] / 2 * tokens
-    single = t.num_single_layers * layers["single"] * tokens
-    attention = 2 * tokens * keys * t.width * (t.num_layers + t.num_single_layers)
-    return 2.0 * (double + single + attention)
+    double, single = one_block_flops(arch, tokens, keys)
+    return arch.transformer.num_layers * double + arch.transformer.num_single_layers * single
+
+
+def one_block_flops(arch: Architecture, tokens: int, keys: int) -> tuple[float, float]:
+    """FLOPs of a double and of a single block for one sequence of ``tokens`` that attend to ``keys``."""
+    layers, attention = layer_parameters(arch), 2 * tokens * keys * arch.transformer.width
+    return 2.0 * (layers["double"] / 2 * tokens + attention), 2.0 * (layers["single"] * tokens + attention)
+
+
+def step_bytes(arch: Architecture, work: Work, dtype: str) -> float:
+    """Bytes that the blocks' linear layers cannot but move in one step for one picture: their weights, and what goes into each and
+    comes out, once; all in ``dtype``."""
+    t, layers, per_token = arch.transformer, layer_parameters(arch), linears(arch, "transformer")
+    tokens = arch.step_tokens(work) + arch.text_tokens
+    weights = t.num_layers * layers["double"] + t.num_single_layers * layers["single"]
+    return WIDTH[dtype] * (weights + tokens * (per_token.inputs + per_token.outputs)) * arch.passes
 
 
 def encode_flops(arch: Architecture) -> float:
