@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import REFERENCE, Ops, Rotary
+from .ops import REFERENCE, Input, Ops, Quantizer, Rotary, Rows, beside
 
 ROPE_THETA = 2000
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,51 @@ class Modulation:
     txt: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
     out: tuple[Tensor, ...]
+
+
+class Entry(NamedTuple):
+    """How tokens enter what reads them next: the modulation of the norm in front of it, [B, 1, D] each, and its quantizer."""
+
+    shift: Tensor
+    scale: Tensor
+    into: Quantizer | None
+
+
+Entries = tuple[list[tuple[Entry, Entry]], list[Entry]]
+"""Of every double block, image and text, and of what follows the last; of every single block, and of the output."""
+
+
+class Stream(NamedTuple):
+    """Tokens between two blocks: as they are, [B, T, D], and as the next one's :class:`Entry` makes them. Both are written in one
+    pass, at the end of the block before."""
+
+    tokens: Tensor
+    normal: Input
+
+    def part(self, where: Any) -> Stream:
+        """Some pictures, or some tokens."""
+        normal = self.normal
+        return Stream(
+            self.tokens[where], Rows(*(x[where] for x in normal)) if isinstance(normal, Rows) else normal[where]
+        )
+
+
+def entered(x: Tensor, entry: Entry, ops: Ops) -> Stream:
+    return Stream(x, ops.modulated_norm(x, *entry))
+
+
+def joined(text: Stream, image: Stream) -> Stream:
+    """One sequence, text first."""
+    tokens = torch.cat([text.tokens, image.tokens], 1)
+    if isinstance(text.normal, Rows) and isinstance(image.normal, Rows):
+        return Stream(tokens, Rows(*(torch.cat(both, 1) for both in zip(text.normal, image.normal, strict=True))))
+    return Stream(tokens, torch.cat([text.normal, image.normal], 1))  # type: ignore[list-item]
+
+
+def taken(*layers: nn.Module) -> Quantizer | None:
+    """How all of ``layers`` want their one input's rows quantized; None where they differ, or one takes them dense."""
+    first, *others = (getattr(layer, "quantizer", None) for layer in layers)
+    return first if all(other == first for other in others) else None
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -134,9 +178,14 @@ class FeedForward(nn.Module):
         self.linear_in = linear(width, 2 * inner)
         self.linear_out = linear(inner, width)
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        out: Tensor = self.linear_out(ops.swiglu(self.linear_in(x), None))
+    def forward(self, x: Input, ops: Ops) -> Tensor:
+        inner, into = self.linear_in(x), taken(self.linear_out)
+        out: Tensor = self.linear_out(ops.swiglu(inner, None) if into is None else ops.swiglu_rows(inner, into, None))
         return out
+
+
+IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
 
 class JointAttention(nn.Module):
@@ -151,24 +200,28 @@ class JointAttention(nn.Module):
             setattr(self, name, Scale(head_dim))
         self.to_out = nn.ModuleList([linear(width, width)])
 
-    def forward(self, image: Tensor, text: Tensor, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Stream, text: Stream, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
         """[B, N, D] and [B, L, D] -> the same. The sequence is text first."""
-        batch, length, width = text.shape
-        total = length + image.shape[1]
-        q, k, v = (image.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
+        batch, length, width = text.tokens.shape
+        total = length + image.tokens.shape[1]
+        q, k, v = (image.tokens.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
         for x, rows, (to_q, to_k, to_v, norm_q, norm_k) in (
-            (text, slice(0, length), self._projections("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")),
-            (image, slice(length, total), self._projections("to_q", "to_k", "to_v", "norm_q", "norm_k")),
-        ):  # fmt: skip
-            part = rotary.rows(rows.start, rows.stop)
-            ops.qk_norm_rope(to_q(x).unflatten(-1, (-1, self.head_dim)), norm_q.weight, part, q[:, rows])
-            ops.qk_norm_rope(to_k(x).unflatten(-1, (-1, self.head_dim)), norm_k.weight, part, k[:, rows])
-            v[:, rows].copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
+            (text.normal, slice(0, length), self._own(TEXT)),
+            (image.normal, slice(length, total), self._own(IMAGE)),
+        ):
+            part, (own_q, own_k, own_v) = rotary.rows(rows.start, rows.stop), (t[:, rows] for t in (q, k, v))
+            new_q, new_k = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (to_q, to_k))
+            ops.qk_norm_rope(new_q, new_k, norm_q.weight, norm_k.weight, part, (own_q, own_k))
+            own_v.copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
         out = ops.attend(q, k, v).flatten(2)
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])  # type: ignore[operator]
 
-    def _projections(self, *names: str) -> tuple[Any, ...]:
+    def _own(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in names)
+
+    def taken(self) -> tuple[Quantizer | None, Quantizer | None]:
+        """How the projections of image and of text want their rows."""
+        return taken(*self._own(IMAGE[:3])), taken(*self._own(TEXT[:3]))
 
 
 class DoubleBlock(nn.Module):
@@ -178,17 +231,28 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(config.width, config.mlp_width)
         self.ff_context = FeedForward(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, c: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
-        """Image [B, N, D] and text [B, L, D] through attention and MLP."""
-        img, txt = mod.img, mod.txt
-        attn, attn_c = self.attn(
-            ops.modulated_norm(x, img[0], img[1]), ops.modulated_norm(c, txt[0], txt[1]), rotary, ops
+    def entries(self, mod: Modulation) -> tuple[Entry, Entry]:
+        """Of image and text."""
+        image, text = self.attn.taken()
+        return Entry(mod.img[0], mod.img[1], image), Entry(mod.txt[0], mod.txt[1], text)
+
+    def forward(
+        self, x: Stream, c: Stream, mod: Modulation, rotary: Rotary, ops: Ops, following: tuple[Entry, Entry]
+    ) -> tuple[Stream, Stream]:
+        """Image [B, N, D] and text [B, L, D] through attention and MLP, to the entries of what comes next."""
+        attn, attn_c = self.attn(x, c, rotary, ops)
+        return (
+            self._through(x.tokens, attn, mod.img[2:], self.ff, following[0], ops),
+            self._through(c.tokens, attn_c, mod.txt[2:], self.ff_context, following[1], ops),
         )
-        x = ops.gated_residual(x, img[2], attn)
-        x = ops.gated_residual(x, img[5], self.ff(ops.modulated_norm(x, img[3], img[4]), ops))
-        c = ops.gated_residual(c, txt[2], attn_c)
-        c = ops.gated_residual(c, txt[5], self.ff_context(ops.modulated_norm(c, txt[3], txt[4]), ops))
-        return x, clip(c)
+
+    def _through(
+        self, x: Tensor, attended: Tensor, mod: tuple[Tensor, ...], ff: FeedForward, following: Entry, ops: Ops
+    ) -> Stream:
+        """``mod``: the gate of attention, then shift, scale and gate of the MLP."""
+        gate, shift, scale, ff_gate = mod
+        x, normal = ops.residual_norm(x, gate, attended, shift, scale, taken(ff.linear_in))
+        return Stream(*ops.residual_norm(x, ff_gate, ff(normal, ops), *following))
 
 
 class ParallelAttention(nn.Module):
@@ -202,15 +266,13 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = Scale(self.head_dim), Scale(self.head_dim)
         self.to_out = linear(self.width + self.inner, self.width)
 
-    def forward(self, x: Tensor, rotary: Rotary, ops: Ops) -> Tensor:
+    def forward(self, x: Input, rotary: Rotary, ops: Ops) -> Tensor:
         """[B, L + N, D] -> [B, L + N, D]."""
-        packed = self.to_qkv_mlp_proj(x)
+        packed, into = self.to_qkv_mlp_proj(x), taken(self.to_out)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
-        both = packed.new_empty(*x.shape[:-1], self.width + self.inner)
-        ops.swiglu(packed[..., 3 * self.width :], both[..., self.width :])
-        q = ops.qk_norm_rope(q, self.norm_q.weight, rotary, None)
-        k = ops.qk_norm_rope(k, self.norm_k.weight, rotary, None)
-        both[..., : self.width].copy_(ops.attend(q, k, v).flatten(2))
+        q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rotary, None)
+        attended, mlp = ops.attend(q, k, v).flatten(2), packed[..., 3 * self.width :]
+        both = beside(attended, mlp, ops.swiglu) if into is None else ops.swiglu_rows(mlp, into, attended)
         out: Tensor = self.to_out(both)
         return out
 
@@ -220,10 +282,13 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.attn = ParallelAttention(config)
 
-    def forward(self, x: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> Tensor:
-        """Text and image together, [B, L + N, D]."""
-        shift, scale, gate = mod.single
-        return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops)))
+    def entry(self, mod: Modulation) -> Entry:
+        return Entry(mod.single[0], mod.single[1], taken(self.attn.to_qkv_mlp_proj))
+
+    def forward(self, x: Stream, mod: Modulation, rotary: Rotary, ops: Ops, following: Entry) -> Stream:
+        """Text and image together, [B, L + N, D], to the entry of what comes next."""
+        y = self.attn(x.normal, rotary, ops)
+        return Stream(*ops.residual_norm(x.tokens, mod.single[2], y, *following))
 
 
 class Shortcut(Protocol):
@@ -246,11 +311,6 @@ class OutputNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = linear(width, 2 * width)
-
-
-def clip(x: Tensor) -> Tensor:
-    """Keep float16 finite, as the reference does; other dtypes pass."""
-    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
 
 
 class Flux2Transformer(nn.Module):
@@ -303,7 +363,8 @@ class Flux2Transformer(nn.Module):
             self.single_stream_modulation(temb),
             out,
         )
-        return Modulation(*(tuple(p.to(self.dtype) for p in part) for part in parts))
+        # Copied, since graphs of compiled blocks are guarded on where in its storage a tensor begins.
+        return Modulation(*(tuple(p.to(self.dtype, copy=True) for p in part) for part in parts))
 
     def rotary(self, ids: Tensor) -> Rotary:
         """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64."""
@@ -341,34 +402,46 @@ class Flux2Transformer(nn.Module):
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
-        x, c, doubles = self.x_embedder(latents), context, list(self.transformer_blocks)
+        entries = self._entries(mod)
+        x = entered(self.x_embedder(latents), entries[0][0][0], self.ops)
+        c = entered(context, entries[0][0][1], self.ops)
         if shortcuts is None:
-            return self._output(self._blocks(x, c, doubles, mod, rotary)[:, :keep], mod)
-        embedded = x[:, :keep]
-        if shortcuts[0].probes:
-            x, c = doubles.pop(0)(x, c, mod, rotary, self.ops)
-        entered = x[:, :keep]
+            return self._output(self._blocks(x, c, 0, mod, rotary, entries).part((slice(None), slice(keep))).normal)
+        embedded = x.tokens[:, :keep]
+        probed = int(shortcuts[0].probes)
+        if probed:
+            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, entries[0][1])
+        entering = x.tokens[:, :keep]
         # Subtracted one by one: a part of the whole batch's difference would keep all of it alive.
-        known = [s.rest(after - before) for s, after, before in zip(shortcuts, entered, embedded, strict=True)]
-        pictures = [a if added is None else a + added for a, added in zip(entered, known, strict=True)]
+        known = [s.rest(after - before) for s, after, before in zip(shortcuts, entering, embedded, strict=True)]
+        pictures = [a if added is None else a + added for a, added in zip(entering, known, strict=True)]
         due = [i for i, added in enumerate(known) if added is None]
         if due:
             some = slice(None) if len(due) == len(known) else due
-            for i, picture in zip(due, self._blocks(x[some], c[some], doubles, mod, rotary)[:, :keep], strict=True):
-                shortcuts[i].keep(picture - entered[i])
+            computed = self._blocks(x.part(some), c.part(some), probed, mod, rotary, entries).tokens[:, :keep]
+            for i, picture in zip(due, computed, strict=True):
+                shortcuts[i].keep(picture - entering[i])
                 pictures[i] = picture
-        return self._output(torch.stack(pictures), mod)
+        return self._output(self.ops.modulated_norm(torch.stack(pictures), *entries[1][-1]))
 
-    def _blocks(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
-        """These double blocks and every single one; the image tokens of the result."""
-        for block in doubles:
-            x, c = block(x, c, mod, rotary, self.ops)
-        both = torch.cat([c, x], 1)
-        for block in self.single_transformer_blocks:
-            both = block(both, mod, rotary, self.ops)
-        return both[:, c.shape[1] :]
-
-    def _output(self, x: Tensor, mod: Modulation) -> Tensor:
+    def _entries(self, mod: Modulation) -> Entries:
         scale, shift = mod.out
-        out: Tensor = self.proj_out(F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * (1 + scale) + shift)
+        singles = [*(b.entry(mod) for b in self.single_transformer_blocks), Entry(shift, scale, None)]  # type: ignore[operator]
+        doubles = [b.entries(mod) for b in self.transformer_blocks]  # type: ignore[operator]
+        first = singles[0]
+        # Compiled blocks are guarded on which of their inputs are one tensor: these are two, as elsewhere.
+        return [*doubles, (first, Entry(first.shift[:], first.scale[:], first.into))], singles
+
+    def _blocks(self, x: Stream, c: Stream, first: int, mod: Modulation, rotary: Rotary, entries: Entries) -> Stream:
+        """The double blocks from number ``first`` on and every single one; the image tokens of the result."""
+        doubles, singles = entries
+        for block, following in list(zip(self.transformer_blocks, doubles[1:], strict=True))[first:]:
+            x, c = block(x, c, mod, rotary, self.ops, following)
+        length, both = c.tokens.shape[1], joined(c, x)
+        for block, after in zip(self.single_transformer_blocks, singles[1:], strict=True):
+            both = block(both, mod, rotary, self.ops, after)
+        return both.part((slice(None), slice(length, None)))
+
+    def _output(self, normal: Input) -> Tensor:
+        out: Tensor = self.proj_out(normal)
         return out
