@@ -25,7 +25,7 @@ from .model.blocks import SCHEDULE, repeated
 from .model.language import Layer
 from .model.meta import meta
 from .model.native import NATIVE
-from .model.ops import REFERENCE, Input, Ops, Pair, Quantizer, Rotary, Rows
+from .model.ops import REFERENCE, Input, Ops, Pair, Quantizer, Rotary, Rows, sdpa
 from .model.transformer import Flux2Transformer, Modulation
 from .offload.streamed import HOSTED, RING
 from .offload.tensors import ALIGNMENT, hung
@@ -153,7 +153,7 @@ def _quantized(x: Tensor, dtype: torch.dtype, rotation: int, width: int = 0) -> 
     return torch.empty(*x.shape[:-1], width or x.shape[-1], dtype=dtype), torch.empty(*x.shape[:-1], 1)
 
 
-FUSED = Ops(_normal, _residual, _rotated, _gated, _gated_rows, _like)
+FUSED = Ops(_normal, _residual, _rotated, _gated, _gated_rows, sdpa)
 """What the Triton kernels allocate."""
 
 WRITING = ("matmul", "sdpa-math")
@@ -337,7 +337,7 @@ class _Replaced(nn.Module):
     def __init__(self, layer: nn.Linear, form: quant.Format, dtype: torch.dtype) -> None:
         super().__init__()
         self.rows, self.columns, self.form, self.dtype = layer.out_features, layer.in_features, form, dtype
-        quantizes = form.backend == "builtin" and not form.group
+        quantizes = form.backend == "builtin" and (form.rounded or not form.group)
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
     def forward(self, x: Input) -> Tensor:

@@ -29,7 +29,7 @@ def inputs(name: str, tokens: int, heads: int, device: torch.device, dtype: torc
             noise(*by_head), noise(*by_head), noise(128), noise(128), Rotary(angles.cos(), angles.sin()), None,
         ),
         "swiglu": lambda: (noise(1, tokens, 6 * width), None),
-        "attend": lambda: (noise(*by_head), noise(*by_head), noise(*by_head)),
+        "attend": lambda: (noise(*by_head), noise(*by_head), noise(*by_head), None),
     }[name]()  # fmt: skip
 
 

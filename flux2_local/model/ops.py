@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,12 @@ class Quantizer:
 Input = Tensor | Rows
 """What a linear layer takes: rows [B, T, K] or, if it has a quantizer, quantized ones."""
 Pair = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attend(Protocol):
+    """(q, k, v [B, T, H, d], out) -> [B, T, H, d], written into ``out``, whose tokens may lie in wider rows, where it is given."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Ops:
             rotation of both, written into the two tensors [B, T, H, d] of ``out`` where it is given.
         swiglu: (x [B, T, 2M] any row stride, out [B, T, M] or None) -> silu(first half)·second half.
         swiglu_rows: (x, into, left [B, T, L] or None) -> the same with ``left`` in front, quantized.
-        attend: (q, k, v [B, T, H, d]) -> [B, T, H, d].
+        attend: :class:`Attend`; a backend that cannot write into ``out`` copies.
     """
 
     modulated_norm: Callable[[Tensor, Tensor, Tensor, Quantizer | None], Input]
@@ -139,8 +144,9 @@ def beside(left: Tensor | None, x: Tensor, activation: Callable[[Tensor, Tensor 
     return both
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    found = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return found if out is None else out.copy_(found)
 
 
 REFERENCE = Ops(modulated_norm, residual_norm, qk_norm_rope, swiglu, swiglu_rows, sdpa)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import REFERENCE, Input, Ops, Quantizer, Rotary, Rows, beside
+from .ops import REFERENCE, Input, Ops, Quantizer, Rotary, Rows
 
 ROPE_THETA = 2000
 
@@ -213,7 +213,7 @@ class JointAttention(nn.Module):
             new_q, new_k = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (to_q, to_k))
             ops.qk_norm_rope(new_q, new_k, norm_q.weight, norm_k.weight, part, (own_q, own_k))
             own_v.copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
-        out = ops.attend(q, k, v).flatten(2)
+        out = ops.attend(q, k, v, None).flatten(2)
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])  # type: ignore[operator]
 
     def _own(self, names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -271,8 +271,13 @@ class ParallelAttention(nn.Module):
         packed, into = self.to_qkv_mlp_proj(x), taken(self.to_out)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
         q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rotary, None)
-        attended, mlp = ops.attend(q, k, v).flatten(2), packed[..., 3 * self.width :]
-        both = beside(attended, mlp, ops.swiglu) if into is None else ops.swiglu_rows(mlp, into, attended)
+        mlp = packed[..., 3 * self.width :]
+        if into is None:
+            both = packed.new_empty(*packed.shape[:-1], self.width + self.inner)
+            ops.swiglu(mlp, both[..., self.width :])
+            ops.attend(q, k, v, both[..., : self.width].unflatten(-1, (-1, self.head_dim)))
+        else:
+            both = ops.swiglu_rows(mlp, into, ops.attend(q, k, v, None).flatten(2))
         out: Tensor = self.to_out(both)
         return out
 

@@ -3,7 +3,7 @@
 W8A8: a scale per row of activations, found at every call, and one per output channel of weights; ``y = (q(x) · q(w)ᵀ) · s_x ·
 s_w``. With a rotation, blocks of input channels of both are multiplied with an orthonormal Hadamard matrix first, which
 spreads outliers and leaves the product as it was (QuaRot, arXiv 2404.00456). int4: a scale per 128 input channels of
-weights, activations as they are.
+weights, activations as they are or, in builtin-int4-int8, int8 with a scale per row.
 
 On a CPU int8 goes through ``torch._int_mm`` (oneDNN's int8 instructions); what neither it nor a kernel covers is plain torch.
 """
@@ -143,14 +143,18 @@ def rotation_for(channels: int, largest: int) -> int:
 def arithmetic(form: Format, channels: int, rows: int, dtype: torch.dtype, device: torch.device) -> Arithmetic:
     """The fastest implementation there is for layers of ``channels`` inputs and ``rows`` outputs on ``device``."""
     dims = {"k": channels, "n": rows, "width": channels}
-    if form.group:
+    kinds, rotation = Kinds(dtype, values_of(form)), rotation_for(channels, form.rotation)
+    if form.group and not form.rounded:
         if device.type != "cuda" or dtype == torch.float32:
             return Arithmetic(None, linear_w4.reference, dtype)
         choice = choose("linear_w4a16", device, Kinds(dtype), {**dims, "group": form.group})
         return Arithmetic(None, choice.function, dtype)
-    kinds, rotation = Kinds(dtype, values_of(form)), rotation_for(channels, form.rotation)
     function = choose("quantize_rows", device, kinds, {**dims, "hadamard": rotation}).function
     quantizer = Quantizer(values_of(form), rotation, function)
+    if form.rounded:
+        return Arithmetic(
+            quantizer, choose("linear_w4a8", device, kinds, {**dims, "group": form.group}).function, dtype
+        )
     if device.type == "cpu" and values_of(form) == torch.int8:
         return Arithmetic(quantizer, int8_on_cpu, dtype)
     return Arithmetic(quantizer, choose("linear_w8a8", device, kinds, dims).function, dtype)
