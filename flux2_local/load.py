@@ -78,6 +78,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         text_layers=preset.text_layers,
         text_tokens=preset.text_tokens,
         passes=2 if preset.guidance == "cfg" else 1,
+        references_once=preset.references_once,
     )
 
 

@@ -76,6 +76,13 @@ def klein_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def klein_kv_folder(tmp_path_factory: pytest.TempPathFactory, klein_folder: Path) -> Path:
+    from components import save_klein_kv
+
+    return save_klein_kv(tmp_path_factory.mktemp("models") / "klein-kv", klein_folder)
+
+
+@pytest.fixture(scope="session")
 def tiny():  # type: ignore[no-untyped-def]
     """The bundled model, standard."""
     from flux2_local import Flux2

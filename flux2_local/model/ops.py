@@ -57,7 +57,8 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Attend(Protocol):
-    """(q, k, v [B, T, H, d], out) -> [B, T, H, d], written into ``out``, whose tokens may lie in wider rows, where it is given."""
+    """(q [B, T, H, d], k and v [B, S, H, d], out) -> [B, T, H, d], written into ``out``, whose tokens may lie in wider rows, where it
+    is given."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor: ...
 

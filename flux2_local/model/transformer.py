@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,10 +79,6 @@ class Entry(NamedTuple):
     into: Quantizer | None
 
 
-Entries = tuple[list[tuple[Entry, Entry]], list[Entry]]
-"""Of every double block, image and text, and of what follows the last; of every single block, and of the output."""
-
-
 class Stream(NamedTuple):
     """Tokens between two blocks: as they are, [B, T, D], and as the next one's :class:`Entry` makes them. Both are written in one
     pass, at the end of the block before."""
@@ -114,6 +110,43 @@ def taken(*layers: nn.Module) -> Quantizer | None:
     """How all of ``layers`` want their one input's rows quantized; None where they differ, or one takes them dense."""
     first, *others = (getattr(layer, "quantizer", None) for layer in layers)
     return first if all(other == first for other in others) else None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of R reference tokens in one block, [1, R, H, d] each.
+
+    They do not depend on the step, the prompt or the picture in models whose references attend to nothing but themselves.
+
+    Attributes:
+        open: whether they are still to be written, by the pass through the references alone.
+    """
+
+    keys: Tensor
+    values: Tensor
+    open: bool = False
+
+    def attended(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+        """Attention of q [B, T, H, d] to k and v, of the same shape, and to what is kept; or k and v are what is to be."""
+        if self.open:
+            self.keys.copy_(k)  # before attention, which may overwrite it
+            self.values.copy_(v)
+            return ops.attend(q, k, v, out)
+        rows = len(q), -1, -1, -1
+        k, v = torch.cat([k, self.keys.expand(rows)], 1), torch.cat([v, self.values.expand(rows)], 1)
+        return ops.attend(q, k, v, out)
+
+
+def attended(ops: Ops, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, out: Tensor | None = None) -> Tensor:
+    return ops.attend(q, k, v, out) if kept is None else kept.attended(ops, q, k, v, out)
+
+
+class Turn(NamedTuple):
+    """What a block is told of the others: how tokens enter what follows it, of a double block image and text, and the references'
+    keys and values."""
+
+    following: tuple[Entry, ...]
+    kept: Kept | None = None
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -200,21 +233,27 @@ class JointAttention(nn.Module):
             setattr(self, name, Scale(head_dim))
         self.to_out = nn.ModuleList([linear(width, width)])
 
-    def forward(self, image: Stream, text: Stream, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
-        """[B, N, D] and [B, L, D] -> the same. The sequence is text first."""
-        batch, length, width = text.tokens.shape
-        total = length + image.tokens.shape[1]
+    def forward(
+        self, image: Stream, text: Stream | None, rotary: Rotary, ops: Ops, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] and [B, L, D], or None, -> the same. The sequence is text first."""
+        batch, count, width = image.tokens.shape
+        length = 0 if text is None else text.tokens.shape[1]
+        total = length + count
         q, k, v = (image.tokens.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
         for x, rows, (to_q, to_k, to_v, norm_q, norm_k) in (
-            (text.normal, slice(0, length), self._own(TEXT)),
-            (image.normal, slice(length, total), self._own(IMAGE)),
+            (text, slice(0, length), self._own(TEXT)),
+            (image, slice(length, total), self._own(IMAGE)),
         ):
+            if x is None:
+                continue
             part, (own_q, own_k, own_v) = rotary.rows(rows.start, rows.stop), (t[:, rows] for t in (q, k, v))
-            new_q, new_k = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (to_q, to_k))
+            new_q, new_k = (to(x.normal).unflatten(-1, (-1, self.head_dim)) for to in (to_q, to_k))
             ops.qk_norm_rope(new_q, new_k, norm_q.weight, norm_k.weight, part, (own_q, own_k))
-            own_v.copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
-        out = ops.attend(q, k, v, None).flatten(2)
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])  # type: ignore[operator]
+            own_v.copy_(to_v(x.normal).unflatten(-1, (-1, self.head_dim)))
+        out = attended(ops, q, k, v, kept).flatten(2)
+        answer = None if text is None else self.to_add_out(out[:, :length])  # type: ignore[operator]
+        return self.to_out[0](out[:, length:]), answer  # type: ignore[operator, index]
 
     def _own(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in names)
@@ -231,27 +270,29 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(config.width, config.mlp_width)
         self.ff_context = FeedForward(config.width, config.mlp_width)
 
-    def entries(self, mod: Modulation) -> tuple[Entry, Entry]:
+    def entries(self, mod: Modulation) -> tuple[Entry, ...]:
         """Of image and text."""
         image, text = self.attn.taken()
         return Entry(mod.img[0], mod.img[1], image), Entry(mod.txt[0], mod.txt[1], text)
 
     def forward(
-        self, x: Stream, c: Stream, mod: Modulation, rotary: Rotary, ops: Ops, following: tuple[Entry, Entry]
-    ) -> tuple[Stream, Stream]:
-        """Image [B, N, D] and text [B, L, D] through attention and MLP, to the entries of what comes next."""
-        attn, attn_c = self.attn(x, c, rotary, ops)
-        return (
-            self._through(x.tokens, attn, mod.img[2:], self.ff, following[0], ops),
-            self._through(c.tokens, attn_c, mod.txt[2:], self.ff_context, following[1], ops),
-        )
+        self, x: Stream, c: Stream | None, mod: Modulation, rotary: Rotary, ops: Ops, turn: Turn
+    ) -> tuple[Stream, Stream | None]:
+        """Image [B, N, D] and text [B, L, D], or None, through attention and MLP."""
+        attn, attn_c = self.attn(x, c, rotary, ops, turn.kept)
+        image, text = turn.following
+        x = self._through(x.tokens, attn, mod.img[2:], self.ff, image, ops)
+        if c is None:
+            return x, None
+        return x, self._through(c.tokens, attn_c, mod.txt[2:], self.ff_context, text, ops)
 
     def _through(
-        self, x: Tensor, attended: Tensor, mod: tuple[Tensor, ...], ff: FeedForward, following: Entry, ops: Ops
+        self, x: Tensor, y: Tensor, mod: tuple[Tensor, ...], ff: FeedForward, following: Entry, ops: Ops
     ) -> Stream:
-        """``mod``: the gate of attention, then shift, scale and gate of the MLP."""
+        """Add what attention answers, ``y``, and the MLP's part; ``mod``: the gate of the one, then shift, scale and gate of the
+        other."""
         gate, shift, scale, ff_gate = mod
-        x, normal = ops.residual_norm(x, gate, attended, shift, scale, taken(ff.linear_in))
+        x, normal = ops.residual_norm(x, gate, y, shift, scale, taken(ff.linear_in))
         return Stream(*ops.residual_norm(x, ff_gate, ff(normal, ops), *following))
 
 
@@ -266,7 +307,7 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = Scale(self.head_dim), Scale(self.head_dim)
         self.to_out = linear(self.width + self.inner, self.width)
 
-    def forward(self, x: Input, rotary: Rotary, ops: Ops) -> Tensor:
+    def forward(self, x: Input, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
         """[B, L + N, D] -> [B, L + N, D]."""
         packed, into = self.to_qkv_mlp_proj(x), taken(self.to_out)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
@@ -275,9 +316,9 @@ class ParallelAttention(nn.Module):
         if into is None:
             both = packed.new_empty(*packed.shape[:-1], self.width + self.inner)
             ops.swiglu(mlp, both[..., self.width :])
-            ops.attend(q, k, v, both[..., : self.width].unflatten(-1, (-1, self.head_dim)))
+            attended(ops, q, k, v, kept, both[..., : self.width].unflatten(-1, (-1, self.head_dim)))
         else:
-            both = ops.swiglu_rows(mlp, into, ops.attend(q, k, v, None).flatten(2))
+            both = ops.swiglu_rows(mlp, into, attended(ops, q, k, v, kept).flatten(2))
         out: Tensor = self.to_out(both)
         return out
 
@@ -287,13 +328,13 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.attn = ParallelAttention(config)
 
-    def entry(self, mod: Modulation) -> Entry:
-        return Entry(mod.single[0], mod.single[1], taken(self.attn.to_qkv_mlp_proj))
+    def entries(self, mod: Modulation) -> tuple[Entry, ...]:
+        return (Entry(mod.single[0], mod.single[1], taken(self.attn.to_qkv_mlp_proj)),)
 
-    def forward(self, x: Stream, mod: Modulation, rotary: Rotary, ops: Ops, following: Entry) -> Stream:
-        """Text and image together, [B, L + N, D], to the entry of what comes next."""
-        y = self.attn(x.normal, rotary, ops)
-        return Stream(*ops.residual_norm(x.tokens, mod.single[2], y, *following))
+    def forward(self, x: Stream, mod: Modulation, rotary: Rotary, ops: Ops, turn: Turn) -> Stream:
+        """Text and image together, [B, L + N, D]."""
+        y = self.attn(x.normal, rotary, ops, turn.kept)
+        return Stream(*ops.residual_norm(x.tokens, mod.single[2], y, *turn.following[0]))
 
 
 class Shortcut(Protocol):
@@ -385,6 +426,26 @@ class Flux2Transformer(nn.Module):
         out: Tensor = self.context_embedder(text)
         return out
 
+    def keys_and_values(self, references: Tensor, mod: Modulation, rotary: Rotary) -> list[Kept]:
+        """What reference tokens contribute to every step, one :class:`Kept` per block, where they attend to themselves alone.
+
+        Args:
+            references: [1, R, channels].
+            mod: of :meth:`modulation` at noise level 0: references are pictures.
+            rotary: of :meth:`rotary` for their R positions.
+        """
+        tokens = self.x_embedder(references)
+        shape = *tokens.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim
+        kept = [Kept(tokens.new_empty(shape), tokens.new_empty(shape), open=True) for _ in self._all()]
+        (image, _), turns = self._turns(mod, kept)
+        x = entered(tokens, image, self.ops)
+        for block, turn in zip(self._all(), turns, strict=True):
+            if isinstance(block, DoubleBlock):
+                x, _ = block(x, None, mod, rotary, self.ops, turn)
+            else:
+                x = block(x, mod, rotary, self.ops, turn)
+        return [replace(one, open=False) for one in kept]
+
     def forward(
         self,
         latents: Tensor,
@@ -393,6 +454,7 @@ class Flux2Transformer(nn.Module):
         rotary: Rotary,
         keep: int,
         shortcuts: Sequence[Shortcut] | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> Tensor:
         """One evaluation of the velocity field.
 
@@ -402,20 +464,20 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation`.
             rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
             keep: how many leading image tokens the answer is wanted for.
-            shortcuts: one per picture, asked whether the blocks are to be computed.
+            shortcuts: one per row of the batch, asked whether the blocks are to be computed.
+            kept: of :meth:`keys_and_values`; then the references are not among ``latents``.
 
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
-        entries = self._entries(mod)
-        x = entered(self.x_embedder(latents), entries[0][0][0], self.ops)
-        c = entered(context, entries[0][0][1], self.ops)
+        (image, text), turns = self._turns(mod, kept)
+        x, c = entered(self.x_embedder(latents), image, self.ops), entered(context, text, self.ops)
         if shortcuts is None:
-            return self._output(self._blocks(x, c, 0, mod, rotary, entries).part((slice(None), slice(keep))).normal)
+            return self._output(self._blocks(x, c, 0, mod, rotary, turns).part((slice(None), slice(keep))).normal)
         embedded = x.tokens[:, :keep]
         probed = int(shortcuts[0].probes)
         if probed:
-            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, entries[0][1])
+            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, turns[0])
         entering = x.tokens[:, :keep]
         # Subtracted one by one: a part of the whole batch's difference would keep all of it alive.
         known = [s.rest(after - before) for s, after, before in zip(shortcuts, entering, embedded, strict=True)]
@@ -423,28 +485,36 @@ class Flux2Transformer(nn.Module):
         due = [i for i, added in enumerate(known) if added is None]
         if due:
             some = slice(None) if len(due) == len(known) else due
-            computed = self._blocks(x.part(some), c.part(some), probed, mod, rotary, entries).tokens[:, :keep]
+            computed = self._blocks(x.part(some), c.part(some), probed, mod, rotary, turns).tokens[:, :keep]
             for i, picture in zip(due, computed, strict=True):
                 shortcuts[i].keep(picture - entering[i])
                 pictures[i] = picture
-        return self._output(self.ops.modulated_norm(torch.stack(pictures), *entries[1][-1]))
+        return self._output(self.ops.modulated_norm(torch.stack(pictures), *turns[-1].following[0]))
 
-    def _entries(self, mod: Modulation) -> Entries:
+    def _turns(self, mod: Modulation, kept: Sequence[Kept] | None) -> tuple[tuple[Entry, ...], list[Turn]]:
+        """How image and text enter the first block, and each block's turn."""
         scale, shift = mod.out
-        singles = [*(b.entry(mod) for b in self.single_transformer_blocks), Entry(shift, scale, None)]  # type: ignore[operator]
-        doubles = [b.entries(mod) for b in self.transformer_blocks]  # type: ignore[operator]
-        first = singles[0]
-        # Compiled blocks are guarded on which of their inputs are one tensor: these are two, as elsewhere.
-        return [*doubles, (first, Entry(first.shift[:], first.scale[:], first.into))], singles
+        entries = [block.entries(mod) for block in self._all()]
+        entries.append((Entry(shift, scale, None),))
+        count = len(self.transformer_blocks)
+        (joint,) = entries[
+            count
+        ]  # where they are still apart; compiled blocks are guarded on which inputs are one tensor
+        entries[count] = joint, Entry(joint.shift[:], joint.scale[:], joint.into)
+        kepts: Sequence[Kept | None] = kept or [None] * (len(entries) - 1)
+        return entries[0], [Turn(*both) for both in zip(entries[1:], kepts, strict=True)]
 
-    def _blocks(self, x: Stream, c: Stream, first: int, mod: Modulation, rotary: Rotary, entries: Entries) -> Stream:
+    def _all(self) -> list[Any]:
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def _blocks(self, x: Stream, c: Stream, first: int, mod: Modulation, rotary: Rotary, turns: list[Turn]) -> Stream:
         """The double blocks from number ``first`` on and every single one; the image tokens of the result."""
-        doubles, singles = entries
-        for block, following in list(zip(self.transformer_blocks, doubles[1:], strict=True))[first:]:
-            x, c = block(x, c, mod, rotary, self.ops, following)
+        count = len(self.transformer_blocks)
+        for block, turn in list(zip(self.transformer_blocks, turns[:count], strict=True))[first:]:
+            x, c = block(x, c, mod, rotary, self.ops, turn)
         length, both = c.tokens.shape[1], joined(c, x)
-        for block, after in zip(self.single_transformer_blocks, singles[1:], strict=True):
-            both = block(both, mod, rotary, self.ops, after)
+        for block, turn in zip(self.single_transformer_blocks, turns[count:], strict=True):
+            both = block(both, mod, rotary, self.ops, turn)
         return both.part((slice(None), slice(length, None)))
 
     def _output(self, normal: Input) -> Tensor:
