@@ -268,7 +268,7 @@ def figures_choice(hardware: Hardware) -> Choice:
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:
-        return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
+        return Choice("figures", "measured", f"{rates}; kept here, and `flux2-local doctor --measure` measures again")
     if hardware.described:
         return Choice(
             "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FLUX2_LOCAL_MEASURE"] = "0"  # plans go by public figures here, whatever was measured on this machine
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # pytest -n: the processor's cores are shared
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
