@@ -314,7 +314,7 @@ class ParallelAttention(nn.Module):
         q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rotary, None)
         mlp = packed[..., 3 * self.width :]
         if into is None:
-            both = packed.new_empty(*packed.shape[:-1], self.width + self.inner)
+            both = mlp.new_empty(*mlp.shape[:-1], self.width + self.inner)
             ops.swiglu(mlp, both[..., self.width :])
             attended(ops, q, k, v, kept, both[..., : self.width].unflatten(-1, (-1, self.head_dim)))
         else:
