@@ -497,9 +497,8 @@ class Flux2Transformer(nn.Module):
         entries = [block.entries(mod) for block in self._all()]
         entries.append((Entry(shift, scale, None),))
         count = len(self.transformer_blocks)
-        (joint,) = entries[
-            count
-        ]  # where they are still apart; compiled blocks are guarded on which inputs are one tensor
+        (joint,) = entries[count]
+        # Text and image are still apart there. Compiled blocks are guarded on which of their inputs are one tensor: none are.
         entries[count] = joint, Entry(joint.shift[:], joint.scale[:], joint.into)
         kepts: Sequence[Kept | None] = kept or [None] * (len(entries) - 1)
         return entries[0], [Turn(*both) for both in zip(entries[1:], kepts, strict=True)]
