@@ -13,6 +13,7 @@ from .hardware import Hardware
 from .homes import Home, Traveller, homes
 from .offload.streamed import READ_AHEAD, RING
 from .presets import Tier, show_bytes, tiers
+from .quant.recipe import Recipe
 from .request import Variant
 
 Placement = Literal["resident", "staged", "streamed"]
@@ -34,6 +35,9 @@ TILED = (4 / 3) ** 2
 
 PREVIEW = 16
 """Side in tokens of the pictures that previews are decoded to at most."""
+
+GATHERED = 4
+"""Pictures of different requests in bulk for which the transformer is brought once. They are ready together."""
 
 SHARES = 64
 """Paces of streaming that are tried for one that fits."""
@@ -82,10 +86,12 @@ class Seconds:
 
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
-        place: per picture, moving weights before and in the first step, and reading references where that is done once.
+        place: moving the transformer's weights before and in the first step, the autoencoder's, and reading references where that is
+            done once: once for all pictures.
         step: of a denoising step after the first.
-        decode: per picture, moving the decoder included.
+        decode: per picture.
         compute: of a step with all weights at hand.
+        expand: rewriting the prompt, moving weights included; 0 where it is not rewritten.
     """
 
     encode: float
@@ -93,10 +99,11 @@ class Seconds:
     step: float
     decode: float
     compute: float
+    expand: float = 0.0
 
     def total(self, work: Work) -> float:
-        """Of the whole request."""
-        return self.encode + work.images * (self.place + work.steps * self.step + self.decode)
+        """Of the request, by which ways are compared: without the prompt's expansion, for which nothing else is held otherwise."""
+        return self.encode + self.place + work.images * (work.steps * self.step + self.decode)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ class Candidate:
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
+        text_stay: where a prompt is expanded, numbers of the text encoder's blocks that stay meanwhile, where it streams.
+        expansion, expansion_stay: likewise, where what expansion needs beside it is meanwhile, and which of its blocks stay.
     """
 
     name: str
@@ -130,6 +139,9 @@ class Candidate:
     disk: int
     problem: str
     reason: str
+    text_stay: tuple[int, ...] = ()
+    expansion: Placement = "resident"
+    expansion_stay: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,6 +223,7 @@ class Draft:
             skipping=t.skipping,
             folded=t.folded,
             channels_last=not t.need.tier.exact,
+            gathered=1 if self.layout.transformer == "resident" else GATHERED,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
         )
 
@@ -221,14 +234,19 @@ class Draft:
     def weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
-        if self.form is not None and component != "vae":
+        if self.form is not None and component == "expansion":
+            recipe = Recipe(self.form.name)
+        elif self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
         dtype, schedule = WIDTH[self.terms.dtype], WIDTH[self.terms.schedule]
         held = footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
         return replace(held, schedule=held.schedule // dtype * schedule)
 
     def placement(self, component: str) -> Placement:
+        """Where a network is. What expansion needs beside the text encoder comes for it alone, where there is another place."""
+        alone = self.layout.name == "resident" and self.terms.hardware.kind != "cuda"
         return {
+            "expansion": "resident" if alone else "streamed",
             "transformer": self.layout.transformer,
             "text_encoder": self.layout.text_encoder,
             "vae": self.layout.vae,
@@ -279,11 +297,25 @@ class Draft:
         """Bytes of reading the next request's prompt meanwhile, as is done where the text encoder stays."""
         return footprint.encoding(self.setup) if self.layout.text_encoder == "resident" else 0
 
-    def encoding(self) -> int:
+    def encoder(self, stay: tuple[int, ...]) -> int:
+        """Bytes of the text encoder while it is used, beyond what never leaves."""
+        streams = self.layout.text_encoder == "streamed"
+        return self.weights("text_encoder").streaming(stay) if streams else self.visiting("text_encoder")
+
+    def encoding(self, stay: tuple[int, ...] = ()) -> int:
         """Bytes of device memory while the prompt is read."""
-        held = self.weights("text_encoder")
-        there = held.streaming(()) if self.layout.text_encoder == "streamed" else self.visiting("text_encoder")
-        return self.kept + there + footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        return self.kept + self.encoder(stay) + alive
+
+    def expanding(self, text_stay: tuple[int, ...], stay: tuple[int, ...]) -> int:
+        """Bytes of device memory while the prompt is expanded, other pictures' prompts being there already."""
+        chat = self.terms.need.work.chat
+        if not chat:
+            return 0
+        held = self.weights("expansion")
+        there = held.total if self.placement("expansion") == "resident" else held.streaming(stay)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.expanding(self.setup, chat)
+        return self.kept + self.encoder(text_stay) + there + alive + self.beside()
 
     def pixels(self, tile: int) -> int:
         """Bytes of device memory while pictures are decoded or references encoded, the larger."""
@@ -303,21 +335,44 @@ class Draft:
                 return stay
         return ()
 
-    def homes(self, stay: tuple[int, ...]) -> dict[str, Home]:
-        """Where the networks that leave the device wait: what is used most often has host memory first."""
-        away = [name for name in ("vae", "transformer", "text_encoder") if self.placement(name) != "resident"]
-        if self.terms.hardware.kind == "cpu" and self.layout is MAPPED:
-            return {name: Home(tuple(range(len(self.weights(name).blocks))), False, 0) for name in away}
-        travellers = {
+    def expansion_stay(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most blocks of the text encoder, and of what expansion needs beside it, that may stay while a prompt is expanded."""
+        if not self.terms.need.work.chat or self.placement("expansion") == "resident":
+            return (), ()
+        own = self.weights("text_encoder").blocks if self.layout.text_encoder == "streamed" else ()
+        sizes = (*own, *self.weights("expansion").blocks)
+        for share in range(SHARES):
+            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
+            text = tuple(n for n in stay if n < len(own))
+            others = tuple(n - len(own) for n in stay if n >= len(own))
+            if max(self.expanding(text, others), self.encoding(text)) <= self.terms.limit:
+                return text, others
+        return (), ()
+
+    def homes(
+        self, stay: tuple[int, ...], text_stay: tuple[int, ...] = (), expansion_stay: tuple[int, ...] = ()
+    ) -> dict[str, Home]:
+        """Where the networks that leave the device wait: what is used most often has host memory first. What expansion needs, and
+        all of which stays, is brought once from its files."""
+        held_so = {"vae": (), "transformer": stay, "text_encoder": text_stay, "expansion": expansion_stay}
+        if not self.terms.need.work.chat:
+            del held_so["expansion"]
+        away = {
             name: Traveller(
-                self.weights(name),
-                self.placement(name) == "streamed",
-                stay if name == "transformer" else (),
-                filed(self.terms, self.form, name),
+                self.weights(name), self.placement(name) == "streamed", kept, filed(self.terms, self.form, name)
             )
-            for name in away
+            for name, kept in held_so.items()
+            if self.placement(name) != "resident"
         }
-        return homes(travellers, self.room)
+        every = {name: tuple(range(len(one.held.blocks))) for name, one in away.items()}
+        if self.terms.hardware.kind == "cpu" and self.layout is MAPPED:
+            return {name: Home(every[name], False, 0) for name in away}
+        once = away.get("expansion")
+        if once is None or not once.filed or len(expansion_stay) < len(every["expansion"]):
+            return homes(away, self.room)
+        del away["expansion"]
+        found = homes(away, self.room - once.least)
+        return {**found, "expansion": Home(every["expansion"], False, once.least)}
 
     @property
     def room(self) -> int:
@@ -338,7 +393,7 @@ class Draft:
         return costs.Stream(stay, hardware.link_rate, RING, home.mapped, hardware.disk_rate, READ_AHEAD)
 
     def seconds(self, stay: tuple[int, ...], found: Mapping[str, Home], tile: int) -> Seconds:
-        """Predicted seconds."""
+        """Predicted seconds, expansion left out."""
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
@@ -348,9 +403,9 @@ class Draft:
         others = arch.reference_tokens(work) if arch.references_once else 0
         reading = costs.reference_flops(arch, work) / flops + self.beyond("transformer", others)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
-        if home := found.get("vae"):
-            decode += self.weights("vae").total / self.rate(home)
         place, step = reading, compute
+        if home := found.get("vae"):
+            place += self.weights("vae").total / self.rate(home)
         home = found.get("transformer")
         if home is not None and self.layout.transformer == "staged":
             place += self.weights("transformer").total / self.rate(home)
@@ -358,7 +413,7 @@ class Draft:
             held, passes, stream = self.weights("transformer"), self.passes, self.stream(stay, home)
             first, later = costs.stream_seconds(compute / passes, held.blocks, stream)
             step = passes * later
-            place = first - later + (held.rest + held.schedule) / self.rate(home)
+            place += first - later - reading + (held.rest + held.schedule) / self.rate(home)
             place += costs.stream_seconds(reading, held.blocks, stream)[1] if reading else 0.0
         if home := found.get("text_encoder"):
             held = self.weights("text_encoder")
@@ -373,6 +428,24 @@ class Draft:
         """How often a step brings the blocks that move."""
         return 1 if self.together else self.terms.need.arch.passes
 
+    def expand_seconds(self, text_stay: tuple[int, ...], stay: tuple[int, ...], found: Mapping[str, Home]) -> float:
+        """Predicted seconds of expanding the prompt, roughly: reading the files, the chat, and an answer of usual length, for each of
+        whose tokens all weights are read and those that stay nowhere are copied."""
+        need, hardware = self.terms.need, self.terms.hardware
+        if not need.work.chat:
+            return 0.0
+        own, others = self.weights("text_encoder"), self.weights("expansion")
+        arrive, moving = others.total / hardware.disk_rate, 0.0
+        if home := found.get("text_encoder"):
+            arrive += own.total / self.rate(home)
+            if self.layout.text_encoder == "streamed":
+                moving += self.stream(text_stay, home).moving(own.blocks)
+        if home := found.get("expansion"):
+            moving += self.stream(stay, home).moving(others.blocks)
+        token = max(moving, (own.total + others.total) / hardware.memory_rate)
+        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        return arrive + costs.expand_flops(need.arch, need.work.chat) / flops + costs.ANSWER * token
+
     def beyond(self, component: str, tokens: int) -> float:
         """Seconds that ``tokens`` take in a network beyond those of the compute type, where the format's products have a rate."""
         arch, hardware = self.terms.need.arch, self.terms.hardware
@@ -385,7 +458,8 @@ class Draft:
         files = costs.checkpoint_parameters(self.terms.need.arch) * WIDTH["bfloat16"]
         if self.form is None or self.form.not_kept:
             return files
-        return files + sum(self.weights(name).total for name in ("transformer", "text_encoder"))
+        names = ["transformer", "text_encoder"] + ["expansion"] * bool(self.terms.need.work.chat)
+        return files + sum(self.weights(name).total for name in names)
 
     def problem(self, peak: int, host: int) -> str:
         """Why it does not fit, or ""."""
@@ -397,10 +471,10 @@ class Draft:
 
     def candidate(self) -> Candidate:
         """With whole pictures decoded where they fit, as many blocks staying as fit, and as much in host memory as fits."""
-        stay = self.stay()
-        found = self.homes(stay)
+        stay, (text_stay, expansion_stay) = self.stay(), self.expansion_stay()
+        found = self.homes(stay, text_stay, expansion_stay)
         host = sum(home.size for home in found.values())
-        others = max(self.denoising(stay), self.encoding())
+        others = max(self.denoising(stay), self.encoding(text_stay), self.expanding(text_stay, expansion_stay))
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
@@ -413,19 +487,25 @@ class Draft:
             homes=found,
             tile=tile,
             together=self.together,
-            seconds=self.seconds(stay, found, tile),
+            seconds=replace(
+                self.seconds(stay, found, tile), expand=self.expand_seconds(text_stay, expansion_stay, found)
+            ),
             peak=peak,
             host=host,
             disk=self.disk(),
             problem=self.problem(peak, host),
             reason=self._reason(stay, found),
+            text_stay=text_stay,
+            expansion=self.placement("expansion"),
+            expansion_stay=expansion_stay,
         )
 
     def _name(self, stay: tuple[int, ...], found: Mapping[str, Home], tile: int) -> str:
         weights = "" if self.form is None else f"{self.form.name} weights, "
         count = len(self.weights("transformer").blocks)
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
-        parts = [self._from_disk(name, home, stay) for name, home in found.items() if not home.whole]
+        away = [(name, home) for name, home in found.items() if not home.whole and name != "expansion"]
+        parts = [self._from_disk(name, home, stay) for name, home in away]
         files = f", {' and '.join(parts)} from disk" if parts else ""
         guided = f", {GUIDED[self.together]}" if len(ways(self.terms.need)) > 1 else ""
         decoded = f"decoded in {tile}-pixel tiles" if tile else "decoded whole"

@@ -22,10 +22,10 @@ from .counting import Peak, Workspaces, remembered
 from .hardware import Kind
 from .model.autoencoder import Autoencoder
 from .model.blocks import SCHEDULE, repeated
-from .model.language import Layer
+from .model.language import Layer, Past
 from .model.meta import meta
 from .model.native import NATIVE
-from .model.ops import REFERENCE, Ops, Rotary
+from .model.ops import REFERENCE, Input, Ops, Pair, Quantizer, Rotary, Rows, sdpa
 from .model.transformer import TABLES as SCHEDULES
 from .model.transformer import Flux2Transformer, Kept, Modulation
 from .offload.streamed import HOSTED, RING
@@ -71,7 +71,7 @@ class Weights:
 def weights(
     arch: Architecture, component: str, dtype: str, recipe: Recipe | None = None, folded: bool = False
 ) -> Weights:
-    """The weights of "transformer", "text_encoder" or "vae" with activations in ``dtype``.
+    """The weights of "transformer", "text_encoder", "expansion" (what that needs beside it) or "vae" with activations in ``dtype``.
 
     Args:
         recipe: which layers are held in which format; None for all in ``dtype``.
@@ -127,15 +127,34 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype)
 
 
-def _rotated(x: Tensor, weight: Tensor, rotary: Rotary, out: Tensor | None) -> Tensor:
-    return _like(x) if out is None else out
+def _normal(x: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None) -> Input:
+    return _like(x) if into is None else into(x)
+
+
+def _residual(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None
+) -> tuple[Tensor, Input]:
+    return _like(x), _normal(x, shift, scale, into)
+
+
+def _rotated(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Rotary, out: Pair | None) -> Pair:
+    return (_like(q), _like(k)) if out is None else out
 
 
 def _gated(x: Tensor, out: Tensor | None) -> Tensor:
     return torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype) if out is None else out
 
 
-FUSED = Ops(modulated_norm=_like, gated_residual=_like, qk_norm_rope=_rotated, swiglu=_gated, attend=_like)
+def _gated_rows(x: Tensor, into: Quantizer, left: Tensor | None) -> Rows:
+    width = x.shape[-1] // 2 + (0 if left is None else left.shape[-1])
+    return Rows(*_quantized(x, into.dtype, 0, width))
+
+
+def _quantized(x: Tensor, dtype: torch.dtype, rotation: int, width: int = 0) -> tuple[Tensor, Tensor]:
+    return torch.empty(*x.shape[:-1], width or x.shape[-1], dtype=dtype), torch.empty(*x.shape[:-1], 1)
+
+
+FUSED = Ops(_normal, _residual, _rotated, _gated, _gated_rows, sdpa)
 """What the Triton kernels allocate."""
 
 WRITING = ("matmul", "sdpa-math")
@@ -169,6 +188,7 @@ class Setup:
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
         channels_last: whether convolutions run in that layout.
+        gathered: pictures whose latents wait for each other at least.
         threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
         together: whether guidance's two passes run as one of a batch twice as large.
     """
@@ -182,6 +202,7 @@ class Setup:
     skipping: bool = False
     folded: bool = False
     channels_last: bool = True
+    gathered: int = 1
     threads: int = 0
     together: bool = False
 
@@ -204,7 +225,8 @@ def texts(setup: Setup, work: Work) -> int:
 def carried(setup: Setup, work: Work) -> int:
     """Bytes that live from the first stages to the end of decoding: embeddings, references' latents and the pictures'."""
     arch, own = setup.arch, setup.arch.transformer
-    tokens = work.batch * arch.tokens(work.width, work.height) + arch.reference_tokens(work)
+    tokens = max(work.batch, work.images, setup.gathered) * arch.tokens(work.width, work.height)
+    tokens += arch.reference_tokens(work)
     return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
 
 
@@ -286,6 +308,26 @@ def encoding(setup: Setup) -> int:
     return peak.peak
 
 
+@remembered
+def expanding(setup: Setup, chat: int) -> int:
+    """Most bytes alive beside the language model's weights while it reads a chat of ``chat`` tokens and answers."""
+    kind, own = DTYPES[setup.dtype], setup.arch.language
+    length = chat + costs.ANSWER_AT_MOST
+    network = nn.Module()
+    with meta():
+        network.layers = nn.ModuleList([Layer(own)]).to(kind)
+        rotary = tuple(torch.empty(chat, own.head_dim, dtype=kind) for _ in range(2))
+    prepare(network, setup)
+    with counted(network, setup) as peak:
+        x = torch.empty(1, chat, own.hidden_size, dtype=kind)
+        network.layers[0](x, rotary, None, Past(own, length, kind, torch.device("meta")))  # type: ignore[index]
+    wide = WIDTH[setup.dtype]
+    others = (own.num_hidden_layers - 1) * 2 * own.num_key_value_heads * length * own.head_dim * wide
+    tables = 2 * length * own.head_dim * wide
+    drawing = own.vocab_size * (wide + 8 * 4)
+    return others + tables + max(peak.peak, drawing)
+
+
 @cache
 def autoencoder(arch: Architecture, dtype: str, folded: bool) -> Autoencoder:
     """The autoencoder on the meta device; not to be changed."""
@@ -341,16 +383,20 @@ def stand_in(form: quant.Format, setup: Setup) -> Callable[[nn.Linear], nn.Modul
         from .quant import builtin
 
         return lambda layer: builtin.quantize(layer.weight, form, DTYPES[setup.dtype], torch.device("cpu"))
-    return lambda layer: _Replaced(layer, form)
+    return lambda layer: _Replaced(layer, form, DTYPES[setup.dtype])
 
 
 class _Replaced(nn.Module):
-    def __init__(self, layer: nn.Linear, form: quant.Format) -> None:
+    def __init__(self, layer: nn.Linear, form: quant.Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
+        self.rows, self.columns, self.form, self.dtype = layer.out_features, layer.in_features, form, dtype
+        quantizes = form.backend == "builtin" and (form.rounded or not form.group)
+        self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        held = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8)
+    def forward(self, x: Input) -> Tensor:
+        if isinstance(x, Rows):
+            return torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
+        held: object = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8)
         if self.form.backend != "builtin":
             held = torch.empty(self.rows, self.columns, dtype=x.dtype)
         out = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)

@@ -22,6 +22,7 @@ from flux2_local.offload.simulated import SimulatedLink, VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed, hung
 from flux2_local.presets import models
+from flux2_local.progress import Reporter
 from flux2_local.quant.convert import convert
 from flux2_local.quant.recipe import Recipe
 
@@ -73,6 +74,19 @@ def test_pixels_are_the_same_whatever_comes_from_files(dev_folder, expected, sta
     sizes = {n: hold.blocks[n].size for n in mapped}
     once, ever = sum(sizes.values()), sum(size for n, size in sizes.items() if n not in stay)
     assert once + 3 * ever <= way.loaded <= once + 3 * ever + streamed.RING * max(sizes.values())
+
+
+def test_several_pictures_bring_the_transformer_once(dev_folder, expected, monkeypatch):
+    stay, counts, move = (0, 1, 2, 3, 4), [], streamed.moved
+    flux, (link, _) = streaming(dev_folder, stay)
+    monkeypatch.setattr(streamed, "moved", lambda value, device: (counts.append(value.nbytes), move(value, device))[1])
+    result = flux.generate("a red boat", num_images=3, **FIELDS)
+    together, copied = sum(counts), link.copied
+    counts.clear()
+    assert np.array_equal(pixels(flux), expected) and np.array_equal(np.asarray(result.images[0].image), expected)
+    assert flux._run({"prompt": "a", "num_images": 3, **FIELDS}, Reporter()).plan.batch < 3, "one after another"
+    assert copied == sum(block.size for block in flux._components.hold_transformer.blocks) == link.copied - copied
+    assert together == sum(counts)
 
 
 def test_the_bundled_models_pixels_with_steps_skipped(tiny):

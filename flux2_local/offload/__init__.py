@@ -37,9 +37,13 @@ class Later:
     def __init__(self, load: Callable[[], Hold]) -> None:
         self.load = load
         self.hold: Hold | None = None
+        self.held: ComponentPlan | None = None
 
     def __call__(self) -> AbstractContextManager[None]:
-        self.hold = self.hold or self.load()
+        if self.hold is None:
+            self.hold = self.load()
+            if self.held is not None:
+                adapt(self.hold, self.held)
         return self.hold()
 
 
@@ -49,6 +53,17 @@ def adapt(hold: Hold, held: ComponentPlan) -> None:
     from .streamed import Streamed
 
     if isinstance(hold, Later):
-        hold = hold.hold or hold
+        hold.held = held
+        if hold.hold is not None:
+            adapt(hold.hold, held)
     if isinstance(hold, (Mapped, Streamed)) and held.placement == "streamed":
         hold.settle(held.stay, held.mapped)
+
+
+def release(hold: Hold) -> None:
+    """Let go of a network that will not be used again."""
+    from .mapped import Mapped
+    from .streamed import Streamed
+
+    if isinstance(hold, (Mapped, Streamed)):
+        hold.release()

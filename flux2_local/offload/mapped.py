@@ -35,13 +35,19 @@ class Mapped:
         self.blocks = [Packed(module) for module in repeated(network)]
         self._visitors = Visitors(network, torch.device("cpu"))
         self._readers, self._reading = ThreadPoolExecutor(READERS, "disk"), dict[int, list[Future[None]]]()
+        self._hooks = []
         for number, module in enumerate(repeated(network)):
-            module.register_forward_pre_hook(partial(self._before, number))
-            module.register_forward_hook(partial(self._after, number))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._before, number)))
+            self._hooks.append(module.register_forward_hook(partial(self._after, number)))
 
     def settle(self, stay: Iterable[int], mapped: Iterable[int]) -> None:
         """Let other blocks stay from the next use on; every block is mapped."""
         self.stay = frozenset(stay)
+
+    def release(self) -> None:
+        """Leave the network alone from here on, so that it goes when nobody has it any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def __call__(self) -> AbstractContextManager[None]:
         return self._held()
