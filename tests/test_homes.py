@@ -61,7 +61,7 @@ def test_the_link_takes_the_host_memory_that_is_planned(counting, tmp_path, shar
     network = nn.Module()
     with meta():
         network.layers = nn.ModuleList(nn.Linear(256, 100 + 400 * (i < 2), bias=False) for i in range(8))
-    weights.fill(network, weights.read_files([path]), dtype=None, source="x")
+    weights.fill(network, weights.fitting(network, weights.read_files([path]), "x"), dtype=None)
     held = footprint.Weights(tuple(layer.weight.nbytes for layer in network.layers), 0, 0, 0)
     one = homes.Traveller(held, True, stay)
     home = homes.homes({"transformer": one}, one.least + int(share * held.total))["transformer"]
