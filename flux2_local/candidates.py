@@ -77,9 +77,9 @@ class Seconds:
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
         place: per picture, moving weights before and in the first step.
-        step: of a denoising step after the first.
+        step: of a denoising step after the first, on the average of those that are computed and those that are skipped.
         decode: per picture, moving the decoder included.
-        compute: of a step with all weights at hand.
+        compute: of a step with all weights at hand, likewise.
     """
 
     encode: float
@@ -105,6 +105,7 @@ class Candidate:
         mapped: components that come from their files, since host memory is too small for them.
         tile: side of a decoding tile, or 0.
         seconds: predicted.
+        plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
@@ -117,11 +118,17 @@ class Candidate:
     mapped: tuple[str, ...]
     tile: int
     seconds: Seconds
+    plain: Seconds
     peak: int
     host: int
     disk: int
     problem: str
     reason: str
+
+    @property
+    def loss(self) -> float:
+        """The relative error of a layer's output; none in the compute type."""
+        return 0.0 if self.form is None else self.form.loss
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ class Terms:
         ops, attention: what computes between the matmuls, and attention.
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
+        spared: share of a step's seconds that skipping steps is expected to spare on the average.
     """
 
     need: Need
@@ -143,6 +151,7 @@ class Terms:
     attention: str
     skipping: bool
     folded: bool
+    spared: float = 0.0
 
     @property
     def schedule(self) -> str:
@@ -179,6 +188,11 @@ class Draft:
             channels_last=not t.need.tier.exact,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
         )
+
+    @property
+    def unpacked(self) -> Draft:
+        """The same with weights that are unpacked and multiplied in the compute type."""
+        return self if self.form is None else replace(self, form=replace(self.form, product=""))
 
     def weights(self, component: str) -> Weights:
         need = self.terms.need
@@ -288,7 +302,8 @@ class Draft:
             encode += self.weights("text_encoder").total / rate
         elif self.layout.text_encoder == "streamed":
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
-        return Seconds(encode, place, step, decode, compute)
+        left = 1 - self.terms.spared
+        return Seconds(encode, place, left * step, decode, left * compute)
 
     def beyond(self, component: str, work: Work) -> float:
         """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
@@ -299,7 +314,7 @@ class Draft:
         if component == "transformer":
             sizes = ((work.width, work.height), *work.references)
             tokens = (tokens + sum(arch.tokens(*size) for size in sizes) * arch.passes) * work.batch
-        return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
+        return costs.linears(arch, component).seconds_beyond(tokens, hardware, self.terms.dtype, self.form)
 
     def disk(self) -> int:
         """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""
@@ -333,6 +348,7 @@ class Draft:
             mapped=mapped,
             tile=tile,
             seconds=self.seconds(stay, mapped, tile),
+            plain=self.unpacked.seconds(stay, mapped, tile),
             peak=peak,
             host=host,
             disk=self.disk(),
@@ -351,7 +367,7 @@ class Draft:
         if self.layout.transformer != "streamed":
             return self.layout.reason
         seconds = self.seconds(stay, mapped, 0)
-        moving = self.weights("transformer").moving(stay) / self.rate("transformer", mapped)
+        moving = self.weights("transformer").moving(stay) / self.rate("transformer", mapped) * (1 - self.terms.spared)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
         return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"

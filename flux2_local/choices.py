@@ -14,7 +14,7 @@ from .errors import BackendUnavailableError
 from .hardware import Hardware
 from .model import kernels
 from .model.compiled import reason_against
-from .presets import CachePolicy, Tier, show_bytes
+from .presets import EIGHT_BIT, CachePolicy, Tier, show_bytes
 
 MOST_TOGETHER = 4
 """Pictures denoised together at most; what a batch gains is nearly all in the first few."""
@@ -57,7 +57,9 @@ def dtype_reason(dtype: str, tier: Tier, hardware: Hardware) -> str:
 
 
 def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[quant.Format | None, ...]:
-    """Candidate formats of the weights, most wanted first; None is the compute type itself.
+    """Candidate formats of the weights, most wanted first: None, which is the compute type itself, then by their loss. A tier that
+    takes formats for their speed wants the one that the device's 8-bit units are made for before the others: losses were measured
+    on normal numbers, and rows with outliers, whose largest value sets int8's scale, cost fp8 nothing.
 
     Raises:
         BackendUnavailableError: the one asked for cannot be used here.
@@ -67,14 +69,15 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
     if asked != "auto":
         return (quant.find(asked, hardware, dtype),)
     usable = quant.automatic(hardware, dtype)
-    faster = tuple(f for f in usable if tier.quantize and hardware.sm in f.faster)
-    return (*faster, None, *(f for f in usable if f not in faster))
+    if tier.quantize:
+        usable = tuple(sorted(usable, key=lambda form: form.name != quant.eight_bit(hardware)))
+    return (None, *usable)
 
 
 def choose_format(
-    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, once: str
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, gain: str
 ) -> Choice:
-    """Why the weights of the transformer and the text encoder are held as they are; ``once``: what making them takes."""
+    """Why the weights of the transformer and the text encoder are held as they are; ``gain``: as :func:`gained`."""
     form = winner.form
     before = wanted[: wanted.index(form)]
     rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
@@ -85,20 +88,27 @@ def choose_format(
     if asked != "auto":
         why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
     else:
-        why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
-    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + once, rejected)
+        smaller = any(f is not None and f.loss < form.loss for f in wanted[wanted.index(form) :])
+        why = "the 8-bit type of this device's units" if smaller else "the smallest loss that fits in time"
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + gain, rejected)
 
 
-def conversion(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
-    """What making the winner's weights takes, and when that has paid, where it is taken for its speed; else ""."""
+def gained(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
+    """What the winner's format gains on 16 bit, what making its weights takes and when that has paid, where its products are faster;
+    else ""."""
     need, hardware = terms.need, terms.hardware
     dense = next((c for c in fitting if c.form is None), None)
     if winner.form is None or winner.form.product not in hardware.flops or dense is None:
         return ""
-    gain = dense.seconds.total(need.work) - winner.seconds.total(need.work)
-    weights = sum(costs.parameters(need.arch)[name] for name in ("transformer", "text_encoder"))
-    seconds = costs.CONVERTED * weights / hardware.memory_rate
-    return f"; made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / gain)} such requests"
+    rates = "measured" if hardware.measured else "public"
+    before, after = dense.seconds.total(need.work), winner.seconds.total(need.work)
+    if after >= before:
+        return ""
+    seconds = costs.conversion_seconds(need.arch, hardware, winner.form)
+    return (
+        f"; {before / after:.1f} times as fast as {terms.dtype}, predicted from {rates} rates; "
+        f"made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / (before - after))} such requests"
+    )
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -196,19 +206,25 @@ def choose_freed(hardware: Hardware) -> Choice:
 
 
 def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
-    """Step caching, where the tier allows it, the model's thresholds are calibrated and there are steps to skip."""
+    """Step caching, where the tier allows it, the model has thresholds and there are steps to skip."""
     policy = need.tier.cache.get(need.model)
     if not need.tier.cache:
         return Choice("step cache", "off", f"the {need.tier.name} tier computes every step"), None
     if need.variant != "standard":
         return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
     if policy is None:
-        return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
+        return Choice("step cache", "off", f"the {need.tier.name} tier has no thresholds for {need.model}"), None
     policy = policy.at(need.work.steps)
     spared = f"not in the first {policy.warmup} or the last {policy.tail}"
     if policy.threshold == math.inf:
         return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy
     reason = f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, {spared}"
+    reason += f"; about {policy.skips(need.work.steps):.0f} steps are expected to be"
+    if not policy.measured:
+        reason += (
+            f". Not calibrated on {need.model}: the threshold and that number follow published figures (configs/tiers.toml), "
+            f"and `python -m scripts.calibrate_cache --model {need.model}` measures what they cost"
+        )
     return Choice("step cache", "first block", reason), policy
 
 
@@ -241,12 +257,18 @@ def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
 def figures_choice(hardware: Hardware) -> Choice:
     """What the predictions rest on."""
     rates = f"{hardware.flops[hardware.fast_dtypes[0]] / 1e12:.3g} TFLOP/s"
+    eight = [
+        f"{'fp8' if n.startswith('float8') else n} {hardware.flops[n] / 1e12:.3g}"
+        for n in EIGHT_BIT
+        if n in hardware.flops
+    ]
+    rates += f" ({', '.join(eight)})" if eight else ""
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:
         return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
     if hardware.described:
-        return Choice(
-            "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"
-        )
-    return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
+        given = f"{show_bytes(hardware.ram)} of host memory (--ram) and {hardware.disk_rate / 1e9:g} GB/s from the disk"
+        return Choice("figures", "public", f"{rates}; source: {hardware.source}; {given} are taken for given")
+    replaced = "`flux2-local doctor --measure` replaces them by what is reached here"
+    return Choice("figures", "public", f"{rates}; source: {hardware.source}; {replaced}")

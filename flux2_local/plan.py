@@ -5,6 +5,7 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,10 +22,10 @@ from .choices import (
     choose_format,
     choose_freed,
     choose_ops,
-    conversion,
     figures_choice,
     folds,
     formats,
+    gained,
     layout_choice,
     schedule_choice,
     upsampling_choice,
@@ -32,7 +33,7 @@ from .choices import (
 from .costs import Work
 from .errors import BudgetError
 from .hardware import Hardware
-from .presets import CachePolicy, Tier, show_bytes
+from .presets import CachePolicy, show_bytes
 from .request import Acceleration, Variant
 
 
@@ -108,7 +109,8 @@ class Plan:
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
         keep_freed: whether the process keeps host memory that it frees.
-        encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first.
+        encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first,
+            on the average of those that are computed and those that the step cache is expected to skip.
         place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, and decoding.
         peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
         work: the request that predictions are for.
@@ -179,7 +181,17 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
     limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
+    terms = Terms(
+        need,
+        hardware,
+        dtype,
+        limit,
+        ops_choice.value,
+        attention_choice.value,
+        cache is not None,
+        folded,
+        spared(need, cache),
+    )
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
     drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
@@ -220,7 +232,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         choices=(
             kind_choice,
             schedule_choice(terms),
-            choose_format(need.tier, dtype, wanted, winner, wishes.quantize, conversion(terms, winner, fitting)),
+            choose_format(need.tier, dtype, wanted, winner, wishes.quantize, gained(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             attention_choice,
             ops_choice,
@@ -240,43 +252,60 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
     """The candidate to take, and why.
 
     The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
-    order of ``wanted`` (those measured faster here where the tier permits them, then the smallest loss) whose quickest candidate
-    takes no longer than the tier's patience times the quickest of all, or leaves nothing to wish (:func:`content`).
+    order of ``wanted`` whose quickest candidate takes no longer than the tier's patience times the quickest of all. Seconds that
+    faster arithmetic gains count in tiers that want it alone (:func:`weighed`).
 
     Args:
         fitting: candidates that fit, the quickest first.
         wanted: formats, most wanted first.
         need: what is planned for.
     """
-    tier, work = need.tier, need.work
-    faithful = [c for c in fitting if c.form is None or c.form.loss <= tier.loss] or fitting
-    quickest = faithful[0].seconds.total(work)
+    tier = need.tier
+    faithful = [c for c in fitting if c.loss <= tier.loss] or fitting
+    quickest = min(weighed(c, need) for c in faithful)
     for form in wanted:
         best = next((c for c in faithful if c.form is form), None)
-        if best is not None and (best.seconds.total(work) <= tier.patience * quickest or content(best, tier)):
+        if best is not None and weighed(best, need) <= tier.patience * quickest:
             break
     assert best is not None, "the quickest itself is within its own time"
+    if best is fitting[0]:
+        return best, "the fastest that fits"
     if best is faithful[0]:
-        return best, "the fastest that fits" if best is fitting[
-            0
-        ] else "the fastest that fits with a loss that the tier allows"
-    if content(best, tier):
+        return best, "the fastest that fits with a loss that the tier allows"
+    if best.form is None and weighed(best, need) == quickest:
         return best, "the fastest in 16 bit"
+    if best.loss > faithful[0].loss:
+        return (
+            best,
+            f"what this device's 8-bit units are made for, in at most {tier.patience:g} times the fastest's seconds",
+        )
     return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
 
 
-def content(candidate: Candidate, tier: Tier) -> bool:
-    """Whether nothing but faster arithmetic could be gained by a format, and the tier does not want it for that."""
-    return candidate.form is None and candidate.layout.name == "resident" and not tier.quantize
+def weighed(candidate: Candidate, need: Need) -> float:
+    """Seconds by which formats are compared: without what faster arithmetic gains where the tier takes formats for memory alone."""
+    return (candidate.seconds if need.tier.quantize else candidate.plain).total(need.work)
+
+
+def spared(need: Need, cache: CachePolicy | None) -> float:
+    """The share of a step's seconds that a step cache is expected to spare on the average; the first block may be computed all the
+    same."""
+    if cache is None:
+        return 0.0
+    t = need.arch.transformer
+    computed = 0.0 if cache.threshold == math.inf else 1 / (t.num_layers + t.num_single_layers)
+    return cache.skips(need.work.steps) / need.work.steps * (1 - computed)
 
 
 def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
     """Why a candidate that fits was not taken."""
     seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
-    if candidate.form is not winner.form and candidate.form is not None and candidate.form.loss > need.tier.loss:
-        return f"layers' outputs {candidate.form.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
-    if seconds < best and content(winner, need.tier):
-        return f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
+    if candidate.form is not winner.form and candidate.loss > need.tier.loss:
+        return f"layers' outputs {candidate.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
+    if seconds < best and not need.tier.quantize:
+        told = f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
+        gains = weighed(candidate, need) < weighed(winner, need)
+        return f"{told}, and that gains less than {need.tier.patience:g} times the speed" if gains else told
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
     return f"{seconds:.1f} s against {best:.1f} s"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError
 from .files import cache_folder, write
+from .presets import EIGHT_BIT
 
 if TYPE_CHECKING:
     from .hardware import Hardware
@@ -34,7 +35,8 @@ def measure(device: str, dtypes: Iterable[str], seconds: float = SECONDS) -> dic
 
     Args:
         device: "cuda", "cuda:1" or "cpu".
-        dtypes: of the products, torch's names; int8's are summed in int32.
+        dtypes: of the products, torch's names; int8's are summed in int32, and the others of 8 bit are left out where this torch
+            or device has none.
     """
     import torch
     from torch.utils.benchmark import Timer
@@ -54,7 +56,17 @@ def measure(device: str, dtypes: Iterable[str], seconds: float = SECONDS) -> dic
     for dtype in dtypes:
         a, b = (torch.randn(PRODUCT[kind], PRODUCT[kind], device=device).to(getattr(torch, dtype)) for _ in range(2))
         product = "mm(a, b)" if dtype == "int8" else "a @ b"  # bytes that overflow are multiplied as fast
-        found[dtype] = 2 * PRODUCT[kind] ** 3 / median(product, a=a, b=b, mm=torch._int_mm)
+        names: dict[str, Any] = {"a": a, "b": b, "mm": torch._int_mm}
+        if kind == "cuda" and dtype in EIGHT_BIT:
+            names["b"] = b.t()  # the layout of weights, and the only one that fp8 has
+        if dtype == "float8_e4m3fn":
+            product, one = "mm(a, b, scale_a=one, scale_b=one, out_dtype=to)", torch.ones((), device=device)
+            names |= {"mm": torch._scaled_mm, "one": one, "to": torch.bfloat16}
+        try:
+            found[dtype] = 2 * PRODUCT[kind] ** 3 / median(product, **names)
+        except RuntimeError:
+            if kind == "cpu" or dtype not in EIGHT_BIT:
+                raise
     return found
 
 
@@ -75,12 +87,17 @@ def driver() -> str:
 
 
 def measured(hardware: Hardware) -> Hardware:
-    """``hardware`` with the rates that were kept for it; as it is where there are none."""
+    """``hardware`` with the rates that were kept for it; as it is where there are none. 8-bit rates of a card that were not kept are
+    the public multiples of the 16-bit one that was."""
     try:
         found = json.loads(place(hardware).read_bytes())
         rates = {name: float(rate) for name, rate in found.items() if float(rate) > 0}
     except (OSError, ValueError, TypeError, AttributeError):
         return hardware
+    fast = hardware.fast_dtypes[0]
+    if hardware.kind == "cuda" and fast in rates:
+        for name in EIGHT_BIT.keys() & hardware.flops.keys():
+            rates.setdefault(name, hardware.flops[name] * rates[fast] / hardware.flops[fast])
     if not {"copy", *hardware.flops} <= rates.keys():
         return hardware
     return replace(

@@ -1,17 +1,19 @@
 """Rates: measured where asked for, kept for one device and one torch, and what plans go by from then on."""
 
 import json
+import tomllib
 from dataclasses import replace
 
 import pytest
+from flux2_kernels.rates import MULTIPLES
 
 from flux2_local import rates
 from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, hardware_rows
-from flux2_local.hardware import ASSUMED_RAM, from_preset, probe
+from flux2_local.hardware import ASSUMED_RAM, from_preset, probe, rate_of
 from flux2_local.plan import Wishes, make_plan
-from flux2_local.presets import models, tiers
+from flux2_local.presets import EIGHT_BIT, config_folder, devices, models, tiers
 
 
 @pytest.fixture(autouse=True)
@@ -65,4 +67,38 @@ def test_another_torch_or_device_has_rates_of_its_own(monkeypatch):
 
 def test_a_described_machine_has_the_host_memory_that_the_plan_says():
     assert from_preset("rtx-4090").ram == ASSUMED_RAM
-    assert "64.0 GiB of host memory are taken for given" in figures(from_preset("rtx-4090"))[0].reason
+    assert (
+        "; 64.0 GiB of host memory (--ram) and 3 GB/s from the disk are taken"
+        in figures(from_preset("rtx-4090"))[0].reason
+    )
+
+
+def test_eight_bit_rates_that_were_not_kept_follow_the_measured_one():
+    card = from_preset("rtx-4090")
+    kept = {"copy": 9e11, "link": 2e10, "bfloat16": 80e12, "float16": 80e12, "float32": 2e13}
+    rates.write(rates.place(card), json.dumps(kept).encode())
+    found = rates.measured(card)
+    assert found.measured and found.flops["bfloat16"] == 80e12
+    assert found.flops["int8"] == pytest.approx(80e12 * card.flops["int8"] / card.flops["bfloat16"])
+    rates.write(rates.place(card), json.dumps(kept | {"int8": 3e14}).encode())
+    assert rates.measured(card).flops["int8"] == 3e14
+
+
+@pytest.mark.parametrize("name", [name for name, row in devices().items() if row.kind == "cuda"])
+def test_the_tables_peaks_are_the_multiples_that_rooflines_use(name):
+    row = tomllib.loads((config_folder() / "devices.toml").read_text("utf-8"))[name]
+    for dtype, multiple in MULTIPLES[row["sm"]].items():
+        assert row[EIGHT_BIT[str(dtype).removeprefix("torch.")]] == pytest.approx(multiple * row["tflops"], rel=0.02)
+    assert len(devices()[name].eight_bit) == len(MULTIPLES[row["sm"]])
+
+
+def test_every_device_says_where_its_rates_are_from():
+    for name, row in devices().items():
+        assert row.source and figures(from_preset(name, 2**38))[0].reason.count(row.source) == 1
+
+
+def test_a_card_that_is_in_no_table_has_the_multiples_of_the_newest_that_is_no_newer():
+    known = devices()
+    for sm, kin in ((75, None), (80, "a100"), (87, "rtx-3090"), (100, "h100"), (121, "rtx-5090")):
+        guessed = rate_of("NVIDIA Quadro X-1", sm, 60)
+        assert guessed.eight_bit == (known[kin].eight_bit if kin else {}) and "guessed from 60" in guessed.source
