@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import nn
 from . import attention, heap, weights
 from . import lora as loras
 from .costs import Architecture
-from .files import cache_folder
+from .errors import OutputError
+from .files import cache_folder, write
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.blocks import SCHEDULE
-from .model.compiled import compile_blocks
+from .model.compiled import compile_blocks, mark
 from .model.language import LanguageConfig, LanguageModel
 from .model.meta import meta
 from .model.native import NATIVE
@@ -121,6 +123,8 @@ def build(
     hold_text_encoder: Hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
     if plan.compile == "blocks":
         compile_blocks(transformer, cache_folder("compiled"))
+        with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
+            write(mark(arch.transformer, hardware, plan.dtype, plan.transformer.format, plan.ops, plan.attention), b"")
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
     if plan.fold_upsampling:
         vae.fold_upsampling()

@@ -47,6 +47,8 @@ class Wishes:
         attention: "auto", or the attention backend.
         quantize: "auto", "none" or the format that the weights are to have.
         compiled: whether torch.compile takes the transformer's blocks, or None.
+        requests: that are expected, by which it is weighed whether compiling pays.
+        settled: the choice about compiling that was made when the model was loaded, if it was.
     """
 
     vram: int | None = None
@@ -54,6 +56,8 @@ class Wishes:
     attention: str = AUTO
     quantize: str = "auto"
     compiled: bool | None = None
+    requests: int = 1
+    settled: Choice | None = None
 
 
 NO_WISHES = Wishes()
@@ -175,8 +179,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, wishes.dtype)
     attention_choice = choose_attention(need, hardware, dtype, wishes.attention)
-    compile_choice = choose_compile(hardware, wishes.compiled)
-    ops_choice = choose_ops(need, hardware, dtype, compile_choice.value != "off")
+    ops_choice = choose_ops(need, hardware, dtype, wishes.compiled is True)
     cache_choice, cache = choose_cache(need)
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
@@ -200,6 +203,11 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         raise does_not_fit(terms, min(drafts, key=least))
     winner, reason = prefer(fitting, wanted, need)
     verdicts = {c.name: c.problem or lost(c, winner, need) for c in candidates if c is not winner}
+    compile_choice = choose_compile(terms, winner, wishes.compiled, wishes.requests)
+    if (
+        wishes.settled is not None and not need.tier.exact
+    ):  # weights are not loaded anew because another number of steps would pay
+        compile_choice = wishes.settled
     held = ComponentPlan(dtype, winner.layout.vae)
     batch_choice, batch, peak = choose_batch(terms, winner)
     return Plan(
