@@ -255,7 +255,7 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
     if policy.threshold == math.inf:
         return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy
     reason = f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, {spared}"
-    reason += f"; about {policy.skips(need.work.steps):.0f} steps are expected to be"
+    reason += f"; about {policy.skipped(need.work.steps):.0f} steps are expected to be"
     if not policy.measured:
         reason += (
             f". Not calibrated on {need.model}: the threshold and that number follow published figures (configs/tiers.toml), "

@@ -302,7 +302,7 @@ def spared(need: Need, cache: CachePolicy | None) -> float:
         return 0.0
     t = need.arch.transformer
     computed = 0.0 if cache.threshold == math.inf else 1 / (t.num_layers + t.num_single_layers)
-    return cache.skips(need.work.steps) / need.work.steps * (1 - computed)
+    return cache.skipped(need.work.steps) / need.work.steps * (1 - computed)
 
 
 def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:

@@ -114,7 +114,7 @@ class CachePolicy:
     expected: float = 0.0
     measured: bool = True
 
-    def skips(self, steps: int) -> float:
+    def skipped(self, steps: int) -> float:
         """Of so many steps, those that are expected to be skipped; exact where their numbers alone decide."""
         free = max(0, steps - self.tail - self.warmup)
         most = free - free // (self.limit + 1)
