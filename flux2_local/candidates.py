@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from . import costs, footprint, quant
@@ -192,9 +193,16 @@ class Draft:
     @property
     def unpacked(self) -> Draft:
         """The same with weights that are unpacked and multiplied in the compute type."""
-        return self if self.form is None else replace(self, form=replace(self.form, product=""))
+        return replace(self, form=replace(self.form, product="")) if self.form and self.form.product else self
 
     def weights(self, component: str) -> Weights:
+        return self._held[component]
+
+    @cached_property
+    def _held(self) -> dict[str, Weights]:
+        return {name: self._weights(name) for name in ("transformer", "text_encoder", "vae")}
+
+    def _weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
         if self.form is not None and component != "vae":
@@ -339,7 +347,7 @@ class Draft:
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
-        peak = max(others, self.pixels(tile))
+        peak, seconds = max(others, self.pixels(tile)), self.seconds(stay, mapped, tile)
         return Candidate(
             name=self._name(stay, mapped, tile),
             form=self.form,
@@ -347,8 +355,8 @@ class Draft:
             stay=stay,
             mapped=mapped,
             tile=tile,
-            seconds=self.seconds(stay, mapped, tile),
-            plain=self.unpacked.seconds(stay, mapped, tile),
+            seconds=seconds,
+            plain=seconds if self.unpacked is self else self.unpacked.seconds(stay, mapped, tile),
             peak=peak,
             host=host,
             disk=self.disk(),

@@ -81,6 +81,8 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
     usable = quant.automatic(hardware, dtype)
     if tier.quantize:
         usable = tuple(sorted(usable, key=lambda form: form.name != quant.eight_bit(hardware)))
+    else:  # for memory alone, not what another betters in loss and in bytes
+        usable = tuple(f for n, f in enumerate(usable) if all(f.weight_bytes < g.weight_bytes for g in usable[:n]))
     return (None, *usable)
 
 

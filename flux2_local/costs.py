@@ -194,6 +194,7 @@ def conversion_seconds(arch: Architecture, hardware: Hardware, form: quant.Forma
     return form.weight_bytes * weights / hardware.disk_rate
 
 
+@cache
 def decode_flops(arch: Architecture, width: int, height: int) -> float:
     """FLOPs of decoding one picture: convolutions, linear layers and the middle's attention."""
     net = network(arch, "vae")
