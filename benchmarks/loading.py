@@ -2,6 +2,7 @@
 
     python -m benchmarks.loading MODEL                                      # the transformer, 16 bit, five rounds
     python -m benchmarks.loading MODEL --network transformer text_encoder --quantize none builtin-int8 --rounds 3
+    python -m benchmarks.loading FILE.gguf --base MODEL                     # a single file
 
 In every round, in turn, each from a cold page cache (pages are dropped, and ``mincore`` has to say that none is left): the network's
 files are read in large pieces, once through the page cache and once past it, eight pieces at a time; then the network is loaded
@@ -147,6 +148,12 @@ def new_memory() -> float:
 # ---- the load, in a process of its own ----
 
 
+def mapped() -> int:
+    """Bytes of files' pages that this process has in memory."""
+    rss, own = Memory.now()
+    return rss - own
+
+
 class Memory:
     """The most host memory since it was made; a thread looks every few milliseconds."""
 
@@ -177,8 +184,8 @@ class Memory:
         return self.most[0] - self.first[0], self.most[1] - self.first[1]
 
 
-def load_here(model: str, component: str, quantize: str, files: Sequence[Path]) -> Load:
-    """Load one network of a model as :meth:`flux2_local.Flux2.load` does on a CPU."""
+def load_here(model: str, component: str, quantize: str, files: Sequence[Path], base: str | None = None) -> Load:
+    """Load one network of a model as :meth:`flux2_local.Flux2.load` does on a CPU; ``base`` is that of a single file."""
     import torch
 
     from flux2_local import load, store
@@ -192,7 +199,9 @@ def load_here(model: str, component: str, quantize: str, files: Sequence[Path]) 
 
     if quantize != "none":
         convert.backend(FORMATS[quantize])
-    checkpoint, device = store.find(model, "standard"), torch.device("cpu")
+    checkpoint, device = store.find(model, "standard", base), torch.device("cpu")
+    if checkpoint.single is not None and checkpoint.single.suffix == ".gguf":
+        import gguf  # noqa: F401
     arch = load.architecture(checkpoint)
     with meta():
         network = (
@@ -224,7 +233,7 @@ def load_here(model: str, component: str, quantize: str, files: Sequence[Path]) 
     )
 
 
-def load_apart(model: str, component: str, quantize: str, files: Sequence[Path]) -> Load:
+def load_apart(model: str, component: str, quantize: str, files: Sequence[Path], base: str | None = None) -> Load:
     """:func:`load_here` in a fresh process."""
     command = [
         sys.executable,
@@ -235,6 +244,7 @@ def load_apart(model: str, component: str, quantize: str, files: Sequence[Path])
         component,
         "--quantize",
         quantize,
+        *(["--base", base] if base else []),
         "--once",
     ]
     done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
@@ -243,7 +253,7 @@ def load_apart(model: str, component: str, quantize: str, files: Sequence[Path])
     return Load(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def files_of(model: str, component: str, quantize: str) -> tuple[list[Path], list[Path]]:
+def files_of(model: str, component: str, quantize: str, base: str | None = None) -> tuple[list[Path], list[Path]]:
     """The network's own files, and those that loading reads: these, or where its quantized weights are or will be kept."""
     import torch
 
@@ -251,7 +261,7 @@ def files_of(model: str, component: str, quantize: str) -> tuple[list[Path], lis
     from flux2_local.quant import disk as kept
     from flux2_local.quant.recipe import Recipe
 
-    source = load.Source(store.find(model, "standard"), component)
+    source = load.Source(store.find(model, "standard", base), component)
     if quantize == "none":
         return source.files, source.files
     recipe = Recipe(quantize)
@@ -259,9 +269,9 @@ def files_of(model: str, component: str, quantize: str) -> tuple[list[Path], lis
     return source.files, [kept.Kept(f"{source.checkpoint.name}-{component}", recipe, torch.bfloat16, facts).path]
 
 
-def measure(model: str, component: str, quantize: str, rounds: int) -> dict[str, Any]:
+def measure(model: str, component: str, quantize: str, rounds: int, base: str | None = None) -> dict[str, Any]:
     """The figures of all rounds."""
-    sources, files = files_of(model, component, quantize)
+    sources, files = files_of(model, component, quantize, base)
     figures: dict[str, Any] = {
         "network": component,
         "quantize": quantize,
@@ -269,13 +279,13 @@ def measure(model: str, component: str, quantize: str, rounds: int) -> dict[str,
     }
     if not all(path.exists() for path in files):
         drop(sources)
-        figures["made"] = asdict(load_apart(model, component, quantize, []))
+        figures["made"] = asdict(load_apart(model, component, quantize, [], base))
     size = sum(path.stat().st_size for path in files)
     figures |= {"file_bytes": size, "new_memory": new_memory(), "rounds": []}
     for number in range(rounds):
         seconds = disk(files)
         drop(files)
-        one = load_apart(model, component, quantize, files)
+        one = load_apart(model, component, quantize, files, base)
         figures["rounds"].append({"disk": seconds, "load": asdict(one), "ratio": min(seconds.values()) / one.seconds})
         print(f"round {number + 1}: {line(size, figures['rounds'][-1])}", flush=True)
     return figures
@@ -328,6 +338,7 @@ def main() -> None:
         prog="python -m benchmarks.loading", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a name or a folder, on the disk that is to be measured")
+    parser.add_argument("--base", help="of a single file: the model that its companions come from")
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=["transformer"], help="default transformer")
     parser.add_argument("--quantize", nargs="+", default=["none"], help="none (bfloat16) or formats (default none)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -335,12 +346,12 @@ def main() -> None:
     parser.add_argument("--once", type=Path, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once is not None:
-        print(json.dumps(asdict(load_here(args.model, args.network[0], args.quantize[0], args.once))))
+        print(json.dumps(asdict(load_here(args.model, args.network[0], args.quantize[0], args.once, args.base))))
         return
     record = environment.record() | {"model": Path(args.model).name, "loads": []}
     for component in args.network:
         for quantize in args.quantize:
-            record["loads"].append(measure(args.model, component, quantize, args.rounds))
+            record["loads"].append(measure(args.model, component, quantize, args.rounds, args.base))
     print(table(record["loads"]))
     print(f"written: {environment.keep(record, 'loading', args.out)}")
 

@@ -77,7 +77,7 @@ class Seconds:
 
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
-        place: per picture, moving weights before and in the first step.
+        place: per picture, moving weights before and in the first step, and reading references where that is done once.
         step: of a denoising step after the first, on the average of those that are computed and those that are skipped.
         decode: per picture, moving the decoder included.
         compute: of a step with all weights at hand, likewise.
@@ -105,6 +105,7 @@ class Candidate:
         stay: numbers of the transformer's blocks that stay, where it streams.
         mapped: components that come from their files, since host memory is too small for them.
         tile: side of a decoding tile, or 0.
+        together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
         plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
@@ -118,6 +119,7 @@ class Candidate:
     stay: tuple[int, ...]
     mapped: tuple[str, ...]
     tile: int
+    together: bool
     seconds: Seconds
     plain: Seconds
     peak: int
@@ -161,6 +163,16 @@ class Terms:
         return "float32" if wide else self.dtype
 
 
+GUIDED = {False: "two passes", True: "one pass"}
+"""How a step of classifier-free guidance runs, by whether its passes do together."""
+
+
+def ways(need: Need) -> tuple[bool, ...]:
+    """Whether guidance's two passes may run apart or together, as the batch of both: the exact tier computes each by itself, as
+    the reference does, and without guidance there is one."""
+    return (False, True) if need.arch.passes > 1 and not need.tier.exact else (False,)
+
+
 def layouts(hardware: Hardware) -> tuple[Layout, ...]:
     """Candidate layouts. Where device and host share their memory, moving weights gains nothing."""
     return LAYOUTS if hardware.kind == "cuda" else LAYOUTS[:1]
@@ -168,17 +180,19 @@ def layouts(hardware: Hardware) -> tuple[Layout, ...]:
 
 @dataclass(frozen=True)
 class Draft:
-    """One format and layout, from which :meth:`candidate` is worked out."""
+    """One format, layout and way of guidance, from which :meth:`candidate` is worked out."""
 
     terms: Terms
     form: quant.Format | None
     layout: Layout
+    together: bool = False
 
     @property
     def setup(self) -> Setup:
+        """For every stage but denoising, whose own is :attr:`stepping`: counts are remembered for each setup."""
         t = self.terms
         return Setup(
-            arch=t.need.arch,
+            arch=t.need.arch if t.need.work.references else replace(t.need.arch, references_once=False),
             dtype=t.dtype,
             kind=t.hardware.kind,
             form=self.form,
@@ -194,6 +208,10 @@ class Draft:
     def unpacked(self) -> Draft:
         """The same with weights that are unpacked and multiplied in the compute type."""
         return replace(self, form=replace(self.form, product="")) if self.form and self.form.product else self
+
+    @property
+    def stepping(self) -> Setup:
+        return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
         return self._held[component]
@@ -231,11 +249,12 @@ class Draft:
     def denoising(self, stay: tuple[int, ...]) -> int:
         """Bytes of device memory while denoising, and while a preview is decoded between two steps."""
         held, work = self.weights("transformer"), self.terms.need.work
-        alive = max(footprint.denoising(self.setup, work), footprint.sampling(self.setup, work) + self.previewing())
+        between = footprint.sampling(self.stepping, work)
+        alive = max(footprint.denoising(self.stepping, work), between + self.previewing())
         if self.layout.transformer != "streamed":
             return self.kept + self.visiting("transformer") + alive + self.beside()
         few = held.streaming(stay) - sum(held.blocks[number] for number in stay) + held.schedule
-        few += footprint.sampling(self.setup, work)
+        few += between
         return self.kept + max(held.streaming(stay) + alive, few) + self.beside()
 
     def previewing(self) -> int:
@@ -294,17 +313,22 @@ class Draft:
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
-        compute = costs.step_flops(arch, work) / flops + self.beyond("transformer", work)
-        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", work)
+        compute = costs.step_flops(arch, work) / flops
+        compute += self.beyond("transformer", (arch.text_tokens + arch.step_tokens(work)) * arch.passes * work.batch)
+        encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", arch.text_tokens * arch.passes)
+        others = arch.reference_tokens(work) if arch.references_once else 0
+        reading = costs.reference_flops(arch, work) / flops + self.beyond("transformer", others)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
         decode += self.visiting("vae") / self.rate("vae", mapped)
-        place, step, rate = 0.0, compute, self.rate("transformer", mapped)
+        place, step, rate = reading, compute, self.rate("transformer", mapped)
         if self.layout.transformer == "staged":
-            place = self.weights("transformer").total / rate
+            place += self.weights("transformer").total / rate
         elif self.layout.transformer == "streamed":
-            held = self.weights("transformer")
-            first, step = costs.stream_seconds(compute, held.blocks, stay, rate, RING)
-            place = first - step + (held.rest + held.schedule) / (rate * PAGEABLE)
+            held, passes = self.weights("transformer"), 1 if self.together else arch.passes
+            first, later = costs.stream_seconds(compute / passes, held.blocks, stay, rate, RING)
+            step = passes * later
+            place = first - later + (held.rest + held.schedule) / (rate * PAGEABLE)
+            place += costs.stream_seconds(reading, held.blocks, stay, rate, RING)[1] if reading else 0.0
         rate = self.rate("text_encoder", mapped)
         if self.layout.text_encoder == "staged":
             encode += self.weights("text_encoder").total / rate
@@ -313,15 +337,11 @@ class Draft:
         left = 1 - self.terms.spared
         return Seconds(encode, place, left * step, decode, left * compute)
 
-    def beyond(self, component: str, work: Work) -> float:
-        """Seconds that a pass through a network takes beyond those of the compute type, where the format's products have a rate."""
+    def beyond(self, component: str, tokens: int) -> float:
+        """Seconds that ``tokens`` take in a network beyond those of the compute type, where the format's products have a rate."""
         arch, hardware = self.terms.need.arch, self.terms.hardware
         if self.form is None or self.form.product not in hardware.flops:
             return 0.0
-        tokens = arch.text_tokens * arch.passes
-        if component == "transformer":
-            sizes = ((work.width, work.height), *work.references)
-            tokens = (tokens + sum(arch.tokens(*size) for size in sizes) * arch.passes) * work.batch
         return costs.linears(arch, component).seconds_beyond(tokens, hardware, self.terms.dtype, self.form)
 
     def disk(self) -> int:
@@ -355,6 +375,7 @@ class Draft:
             stay=stay,
             mapped=mapped,
             tile=tile,
+            together=self.together,
             seconds=seconds,
             plain=seconds if self.unpacked is self else self.unpacked.seconds(stay, mapped, tile),
             peak=peak,
@@ -369,13 +390,16 @@ class Draft:
         count = len(self.weights("transformer").blocks)
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
         files = f", {' and '.join(n.replace('_', ' ') for n in mapped)} from disk" if mapped else ""
-        return f"{weights}{self.layout.name}{blocks}{files}, {f'decoded in {tile}-pixel tiles' if tile else 'decoded whole'}"
+        guided = f", {GUIDED[self.together]}" if len(ways(self.terms.need)) > 1 else ""
+        decoded = f"decoded in {tile}-pixel tiles" if tile else "decoded whole"
+        return f"{weights}{self.layout.name}{blocks}{files}{guided}, {decoded}"
 
     def _reason(self, stay: tuple[int, ...], mapped: tuple[str, ...]) -> str:
         if self.layout.transformer != "streamed":
             return self.layout.reason
         seconds = self.seconds(stay, mapped, 0)
-        moving = self.weights("transformer").moving(stay) / self.rate("transformer", mapped) * (1 - self.terms.spared)
+        passes = (1 if self.together else self.terms.need.arch.passes) * (1 - self.terms.spared)
+        moving = passes * self.weights("transformer").moving(stay) / self.rate("transformer", mapped)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
         return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"

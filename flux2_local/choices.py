@@ -9,7 +9,7 @@ from flux2_kernels import Place, place_of
 
 from . import attention as attentions
 from . import costs, heap, quant
-from .candidates import Candidate, Draft, Need, Terms
+from .candidates import GUIDED, Candidate, Draft, Need, Terms, ways
 from .errors import BackendUnavailableError
 from .hardware import Hardware
 from .model import kernels
@@ -266,6 +266,31 @@ def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
     return Choice("step cache", "first block", reason), policy
 
 
+def choose_guidance(winner: Candidate, candidates: list[Candidate], need: Need) -> tuple[Choice, ...]:
+    """How the two passes of classifier-free guidance run; nothing for models without.
+
+    Args:
+        winner: the way of holding the networks that is taken.
+        candidates: every one that was weighed.
+        need: what is planned for.
+    """
+    if need.arch.passes == 1:
+        return ()
+    value = GUIDED[winner.together]
+    if len(ways(need)) == 1:
+        return (Choice("guidance", value, "the exact tier computes each by itself, as the reference does"),)
+    other = next(
+        c for c in candidates if (c.form, c.layout) == (winner.form, winner.layout) and c.together != winner.together
+    )
+    told = f"{other.seconds.total(need.work):.1f} s and {show_bytes(other.peak)}"
+    against = other.problem or f"{told} against {winner.seconds.total(need.work):.1f} s and {show_bytes(winner.peak)}"
+    if winner.together:
+        why = "blocks that pass through the device come once for both"
+    else:
+        why = "each fills the device by itself, and both at once take more memory"
+    return (Choice("guidance", value, why, ((GUIDED[other.together], against),)),)
+
+
 def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
     """How many pictures are denoised together: as many as fill the device, within :data:`MOST_TOGETHER` and memory.
 
@@ -276,16 +301,15 @@ def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
     if need.tier.exact:
         why = "the exact tier denoises every picture by itself, as the reference does"
         return Choice("batch", "1", why), 1, winner.peak
-    sizes = ((work.width, work.height), *work.references)
-    tokens = sum(need.arch.tokens(*size) for size in sizes) + need.arch.text_tokens
+    tokens = need.arch.step_tokens(work) + need.arch.text_tokens
     full = costs.full_tokens(terms.hardware, terms.dtype)
     batch = min(MOST_TOGETHER, -(-full // tokens))
     if batch == 1:
         why = f"the {tokens} tokens of one picture fill the device, which takes {full}"
         return Choice("batch", "1", why), 1, winner.peak
     for count in range(batch, 1, -1):
-        together = replace(terms, need=replace(need, work=replace(work, batch=count)))
-        several = Draft(together, winner.form, winner.layout).candidate()
+        larger = replace(terms, need=replace(need, work=replace(work, batch=count)))
+        several = Draft(larger, winner.form, winner.layout, winner.together).candidate()
         if not several.problem and (several.stay, several.tile) == (winner.stay, winner.tile):
             why = f"one picture has {tokens} tokens and the device takes {full}"
             return Choice("batch", str(count), why), count, several.peak
@@ -304,7 +328,7 @@ def figures_choice(hardware: Hardware) -> Choice:
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:
-        return Choice("figures", "measured", f"kept by `flux2-local doctor --measure`: {rates}")
+        return Choice("figures", "measured", f"{rates}; kept here, and `flux2-local doctor --measure` measures again")
     if hardware.described:
         given = f"{show_bytes(hardware.ram)} of host memory (--ram) and {hardware.disk_rate / 1e9:g} GB/s from the disk"
         return Choice("figures", "public", f"{rates}; source: {hardware.source}; {given} are taken for given")

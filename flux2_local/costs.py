@@ -54,6 +54,8 @@ class Architecture:
     text_tokens: int
     passes: int = 1
     """Transformer evaluations per step: 2 with classifier-free guidance."""
+    references_once: bool = False
+    """Whether references attend to themselves alone, so that their keys and values are computed once, before the first step."""
 
     @property
     def multiple(self) -> int:
@@ -63,6 +65,16 @@ class Architecture:
     def tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture, its size rounded up to whole tokens."""
         return -(-width // self.multiple) * -(-height // self.multiple)
+
+    def reference_tokens(self, work: Work) -> int:
+        """Of all reference pictures."""
+        return sum(self.tokens(*size) for size in work.references)
+
+    def step_tokens(self, work: Work) -> int:
+        """Image tokens that go through the transformer in every step for one picture: its own, and its references' where they
+        are not read once."""
+        others = 0 if self.references_once else self.reference_tokens(work)
+        return self.tokens(work.width, work.height) + others
 
 
 @dataclass(frozen=True)
@@ -125,16 +137,27 @@ def layer_parameters(arch: Architecture) -> dict[str, int]:
 
 
 def step_flops(arch: Architecture, work: Work) -> float:
-    """FLOPs of one denoising step: linear layers on image, reference and text tokens, and attention between all."""
-    t, image = arch.transformer, arch.tokens(work.width, work.height)
-    image += sum(arch.tokens(*size) for size in work.references)
-    text = arch.text_tokens
-    layers = layer_parameters(arch)
-    double = t.num_layers * layers["double"] / 2 * (image + text)
-    single = t.num_single_layers * layers["single"] * (image + text)
+    """FLOPs of one denoising step: linear layers on the tokens that go through it, and their attention to all."""
+    t, image = arch.transformer, arch.step_tokens(work)
+    own = image + arch.text_tokens
+    all_tokens = own + arch.reference_tokens(work) if arch.references_once else own
     ends = t.width * 2 * t.in_channels * image
-    attention = 2 * (image + text) ** 2 * t.width * (t.num_layers + t.num_single_layers)
-    return 2.0 * (double + single + ends + attention) * work.batch * arch.passes
+    return (block_flops(arch, own, all_tokens) + 2.0 * ends) * work.batch * arch.passes
+
+
+def reference_flops(arch: Architecture, work: Work) -> float:
+    """FLOPs of reading the references once, where the model does."""
+    t, others = arch.transformer, arch.reference_tokens(work) if arch.references_once else 0
+    return block_flops(arch, others, others) + 2.0 * t.width * t.in_channels * others
+
+
+def block_flops(arch: Architecture, tokens: int, keys: int) -> float:
+    """FLOPs of the transformer's blocks for one sequence of ``tokens`` that attend to ``keys``."""
+    t, layers = arch.transformer, layer_parameters(arch)
+    double = t.num_layers * layers["double"] / 2 * tokens
+    single = t.num_single_layers * layers["single"] * tokens
+    attention = 2 * tokens * keys * t.width * (t.num_layers + t.num_single_layers)
+    return 2.0 * (double + single + attention)
 
 
 def encode_flops(arch: Architecture) -> float:

@@ -159,10 +159,11 @@ class Pipelines:
 
 def _choose(arguments: dict[str, Any]) -> tuple[str, Plan]:
     from .costs import Work
-    from .settings import choose, find_hardware, settings_of
+    from .settings import choose, hardware_to_use, settings_of
 
-    a = arguments
-    checkpoint, plan = choose(a.get("model"), settings_of(a), find_hardware(a.get("device")), Work(), a.get("base"))
+    a, settings = arguments, settings_of(arguments)
+    hardware = hardware_to_use(a.get("device"), settings)
+    checkpoint, plan = choose(a.get("model"), settings, hardware, Work(), a.get("base"))
     return checkpoint.source, plan
 
 

@@ -48,6 +48,7 @@ def family_architecture(preset: ModelPreset) -> Architecture:
         text_layers=preset.text_layers,
         text_tokens=preset.text_tokens,
         passes=2 if preset.guidance == "cfg" else 1,
+        references_once=preset.references_once,
     )
 
 

@@ -26,7 +26,7 @@ from .model.language import Layer
 from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops, Rotary
-from .model.transformer import Flux2Transformer, Modulation
+from .model.transformer import Flux2Transformer, Kept, Modulation
 from .offload.streamed import HOSTED, RING
 from .offload.tensors import ALIGNMENT, hung
 from .quant.recipe import Recipe
@@ -169,6 +169,7 @@ class Setup:
         folded: whether the decoder's upsampling is folded.
         channels_last: whether convolutions run in that layout.
         threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
+        together: whether guidance's two passes run as one of a batch twice as large.
     """
 
     arch: Architecture
@@ -181,6 +182,11 @@ class Setup:
     folded: bool = False
     channels_last: bool = True
     threads: int = 0
+    together: bool = False
+
+    def rows(self, work: Work) -> int:
+        """Of the batch that goes through the transformer."""
+        return work.batch * (self.arch.passes if self.together else 1)
 
     @property
     def table(self) -> Ops:
@@ -197,22 +203,26 @@ def texts(setup: Setup, work: Work) -> int:
 def carried(setup: Setup, work: Work) -> int:
     """Bytes that live from the first stages to the end of decoding: embeddings, references' latents and the pictures'."""
     arch, own = setup.arch, setup.arch.transformer
-    tokens = work.batch * arch.tokens(work.width, work.height) + sum(arch.tokens(*size) for size in work.references)
+    tokens = work.batch * arch.tokens(work.width, work.height) + arch.reference_tokens(work)
     return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
 
 
 def sampling(setup: Setup, work: Work) -> int:
     """Bytes that live from one denoising step to the next: what is carried, the prompts side by side and embedded, references as
-    tokens, the schedule's table, rotary tables, samples in float32, and what step caching holds."""
+    tokens or what is kept of them, the schedule's table, rotary tables, samples in float32, and what step caching holds."""
     arch, own, width = setup.arch, setup.arch.transformer, WIDTH[setup.dtype]
-    image, others = arch.tokens(work.width, work.height), sum(arch.tokens(*size) for size in work.references)
+    image, others = arch.tokens(work.width, work.height), arch.reference_tokens(work)
     text, batch = arch.text_tokens, work.batch
     values = batch * text * own.joint_attention_dim + others * own.in_channels
     values += batch * arch.passes * text * own.width + 17 * work.steps * own.width
     if setup.skipping:  # of each pass the blocks' contributions of two steps, and the first one's
         values += batch * 3 * arch.passes * image * own.width
     floats = 2 * (text + image + others) * (own.attention_head_dim // 2)
-    floats += ((3 + arch.passes) * batch * image + others) * own.in_channels
+    floats += ((3 + arch.passes) * batch * image + arch.step_tokens(work) - image) * own.in_channels
+    if setup.together:  # tokens of both passes side by side
+        values += arch.passes * batch * arch.step_tokens(work) * own.in_channels
+    if arch.references_once:
+        values += 2 * (own.num_layers + own.num_single_layers) * others * own.width
     if setup.kind == "cpu":  # where the noise and the positions, four int64 each, are on the same memory
         floats += batch * image * own.in_channels + 8 * (text + image + others)
     return carried(setup, work) + values * width + 4 * floats
@@ -220,22 +230,33 @@ def sampling(setup: Setup, work: Work) -> int:
 
 @remembered
 def denoising(setup: Setup, work: Work) -> int:
-    """Most bytes alive beside the transformer's weights in a step: one double and one single block stand for all."""
+    """Most bytes alive beside the transformer's weights in a step, or while references are read once: one double and one single
+    block stand for all."""
     arch, kind, own = setup.arch, DTYPES[setup.dtype], setup.arch.transformer
     few = replace(own, num_layers=min(2, own.num_layers), num_single_layers=min(2, own.num_single_layers))
-    image, others = arch.tokens(work.width, work.height), sum(arch.tokens(*size) for size in work.references)
+    image, through, rows = arch.tokens(work.width, work.height), arch.step_tokens(work), setup.rows(work)
+    others = arch.reference_tokens(work) if arch.references_once else 0
     with meta():
         network = Flux2Transformer(few, setup.table).to(kind)
-        contexts = torch.empty(work.batch, arch.text_tokens, own.width, dtype=kind)
-        tokens = torch.empty(work.batch, image + others, own.in_channels, dtype=kind)
-        tables = Rotary(*torch.empty(2, arch.text_tokens + image + others, own.attention_head_dim // 2))
+        contexts = torch.empty(rows, arch.text_tokens, own.width, dtype=kind)
+        tokens = torch.empty(rows, through, own.in_channels, dtype=kind)
+        tables = Rotary(*torch.empty(2, arch.text_tokens + through, own.attention_head_dim // 2))
         parts = tuple(torch.empty(1, 1, own.width, dtype=kind) for _ in range(17))
         mod = Modulation(parts[:6], parts[6:12], parts[12:15], parts[15:])
+        references = torch.empty(1, others, own.in_channels, dtype=kind)
+        places = Rotary(*torch.empty(2, others, own.attention_head_dim // 2))
+        pair = torch.empty(2, 1, others, own.num_attention_heads, own.attention_head_dim, dtype=kind)
     prepare(network, setup)
-    steps = [_Computed()] * work.batch if setup.skipping else None
+    steps = [_Computed()] * rows if setup.skipping else None
+    kept = [Kept(*pair)] * (few.num_layers + few.num_single_layers) if others else None
     with counted(network, setup) as peak:
-        network(tokens, contexts, mod, tables, image, steps)
-    return sampling(setup, work) + peak.peak
+        network(tokens, contexts, mod, tables, image, steps, kept)
+    if not others:
+        return sampling(setup, work) + peak.peak
+    with counted(network, setup) as reading:  # what is kept of these few blocks is in sampling already
+        network.keys_and_values(references, mod, places)
+    held = (few.num_layers + few.num_single_layers) * pair.nbytes
+    return sampling(setup, work) + max(peak.peak, reading.peak - held)
 
 
 @remembered
@@ -291,7 +312,8 @@ def referring(setup: Setup, width: int, height: int) -> int:
     network = autoencoder(setup.arch, setup.dtype, False)
     with counted(network, setup) as peak:
         network.encode(torch.empty(1, 3, height, width, dtype=DTYPES[setup.dtype]))
-    return peak.peak
+    decoded = 4 * 3 * width * height if setup.kind == "cpu" and setup.dtype != "float32" else 0  # in float32, meanwhile
+    return peak.peak + decoded
 
 
 def prepare(network: nn.Module, setup: Setup) -> None:

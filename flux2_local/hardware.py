@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .errors import BackendUnavailableError, PlanError
 from .presets import DISK_RATE, DevicePreset, devices
-from .rates import measured
+from .rates import measured, once
 
 if TYPE_CHECKING:
     import torch
@@ -70,16 +70,17 @@ ASSUMED_RAM = 64 * 2**30
 """Bytes of host memory that a described machine is taken to have where nobody says."""
 
 
-def probe(device: str | None = None) -> Hardware:
-    """Look at the machine; nothing is timed, but rates that :mod:`flux2_local.rates` kept are used.
+def probe(device: str | None = None, measure: bool = False) -> Hardware:
+    """Look at the machine. Rates that :mod:`flux2_local.rates` kept are used, else public figures.
 
     Args:
         device: "cuda", "cuda:1", "cpu", "mps", or None for the best there is.
+        measure: measure the rates now, in a second or two, where none are kept for this device.
 
     Raises:
         PlanError: no such device here.
     """
-    return measured(look(device or default_device()))
+    return (once if measure else measured)(look(device or default_device()))
 
 
 def look(device: str) -> Hardware:

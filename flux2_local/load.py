@@ -32,6 +32,7 @@ from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import Hold, Later, adapt, place
 from .quant import convert, disk
 from .quant.recipe import Recipe
+from .single import read as read_single
 from .text.encode import PromptStyle
 from .text.kept import KeptPrompts
 from .text.memory import remembering
@@ -80,6 +81,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         text_layers=preset.text_layers,
         text_tokens=preset.text_tokens,
         passes=2 if preset.guidance == "cfg" else 1,
+        references_once=preset.references_once,
     )
 
 
@@ -192,26 +194,34 @@ class Source:
             return [self.checkpoint.single]
         return weights.weight_files(self.checkpoint.folder / self.component)
 
-    def dense(self, network: nn.Module, dtype: torch.dtype | None) -> None:
-        """Give ``network`` the checkpoint's weights, in ``dtype`` or as stored."""
-        if isinstance(network, Flux2Transformer):
-            fill_transformer(network, self.checkpoint, dtype)
-            return
-        name = str(self.checkpoint.folder / self.component)
-        weights.fill(network, weights.read_files(self.files), dtype=dtype, source=name, rename=language_name)
+    def tensors(self, network: nn.Module) -> weights.Tensors:
+        """The checkpoint's tensors under ``network``'s names, each read when it is asked for.
+
+        Raises:
+            WeightsDamagedError: they are unreadable or do not fit.
+        """
+        single = self.checkpoint.single if self.component == "transformer" else None
+        if single is not None:
+            return weights.fitting(network, read_single(single), str(single))
+        rename = language_name if isinstance(network, LanguageModel) else None
+        return weights.fitting(
+            network, weights.read_files(self.files), str(self.checkpoint.folder / self.component), rename
+        )
 
 
 def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
     """Give a network on the meta device its weights, in the format that its plan says.
 
-    Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept.
+    Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept. Nothing is on the host
+    twice but for a tensor at a time, and what is converted for a network that stays on a device is there at once.
 
     Returns:
         What the user should know, or "".
     """
     updates = [(loras.read(a.path), a.strength) for a in source.adapters]
+    home = device if held.placement == "resident" and device.type != "cpu" else None
     if held.format in DTYPES:
-        source.dense(network, DTYPES[held.format])
+        weights.fill(network, source.tensors(network), dtype=DTYPES[held.format], device=home)
         for adapter, (update, strength) in zip(source.adapters, updates, strict=True):
             loras.merge(network, update, strength, adapter.path.name)
         return ""
@@ -223,8 +233,8 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
     kept = disk.Kept(stem, recipe, kind, disk.facts(recipe, kind, source.files, adapters))
     if kept.read(network, device):
         return ""
-    source.dense(network, None)
-    layers = convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates))
+    coming = convert.Coming(source.tensors(network), home)
+    layers = convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates), coming)
     return kept.write(network, layers)
 
 
@@ -240,19 +250,8 @@ def build_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Autoencoder:
         vae = Autoencoder(AutoencoderConfig.from_dict(checkpoint.config("vae")))
     folder = checkpoint.folder / "vae"
     files = weights.read_files(weights.weight_files(folder))
-    weights.fill(vae, files, dtype=dtype, source=str(folder), keep_dtype=KEPT_FLOAT32)
+    weights.fill(vae, weights.fitting(vae, files, str(folder)), dtype=dtype, keep_dtype=KEPT_FLOAT32)
     return vae
-
-
-def fill_transformer(transformer: Flux2Transformer, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """Read the transformer's weights from the checkpoint's folder or its single file."""
-    single = checkpoint.single
-    if single is None:
-        folder = checkpoint.folder / "transformer"
-        weights.fill(transformer, weights.read_files(weights.weight_files(folder)), dtype=dtype, source=str(folder))
-        return
-    tensors = weights.read_gguf(single) if single.suffix.lower() == ".gguf" else weights.read_files([single])
-    weights.fill(transformer, iter(weights.hub_names(tensors).items()), dtype=dtype, source=str(single))
 
 
 def language_name(name: str) -> str | None:

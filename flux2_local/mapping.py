@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ SLICE = 32 * 2**20
 
 AHEAD = 512 * 2**20
 """Bytes that are read before they are asked for."""
+
+DECODED = 2**22
+"""Values that a coded tensor is decoded by."""
 
 POPULATE_READ = 22
 """Linux's ``MADV_POPULATE_READ``, from 5.14 on (include/uapi/asm-generic/mman-common.h); older ones refuse it, which is no harm."""
@@ -69,9 +73,66 @@ def tensors(path: Path, entries: dict[str, Any], start: int) -> Iterator[tuple[s
         if not value.nbytes:
             yield name, torch.empty(shape, dtype=kind)
             continue
-        view = memoryview(whole)[begin:end]
-        weakref.finalize(view, let_go, whole, begin, end).atexit = False
-        yield name, torch.frombuffer(view, dtype=kind).view(shape)
+        yield name, part(whole, begin, end).view(kind).view(shape)
+
+
+def part(whole: mmap.mmap, begin: int, end: int) -> Tensor:
+    """Some bytes of a mapped file, uint8 [end - begin], whose pages leave when nobody has them any more."""
+    view = memoryview(whole)[begin:end]
+    weakref.finalize(view, let_go, whole, begin, end).atexit = False
+    return torch.frombuffer(view, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor that its file has in another form. It is decoded when it is asked for, some rows at a time.
+
+    Attributes:
+        rows: as the file has them, [N, …], mapped at best.
+        shape: of the tensor, whose rows (all but its last dimension) are those of ``rows``.
+        decode: some of the rows -> the same in float32.
+    """
+
+    rows: Tensor
+    shape: tuple[int, ...]
+    decode: Callable[[Tensor], Tensor]
+
+    def tensor(self, dtype: torch.dtype | None, device: torch.device | None = None) -> Tensor:
+        """All of it, in ``dtype`` (float32 where None) on ``device`` (the host where None)."""
+        made = torch.empty(self.shape, dtype=dtype or torch.float32, device=device)
+        count = max(1, DECODED // self.shape[-1])
+        for there, rows in zip(made.view(-1, self.shape[-1]).split(count), self.rows.split(count), strict=True):
+            there.copy_(self.decode(rows).view(there.shape))
+        return made
+
+
+def chunks(value: Tensor | Coded, count: int) -> list[Tensor | Coded]:
+    """Equal parts of a matrix's rows, read from where the whole lies."""
+    if isinstance(value, Tensor):
+        return list(value.chunk(count))
+    shape = (value.shape[0] // count, *value.shape[1:])
+    return [Coded(rows, shape, value.decode) for rows in value.rows.chunk(count)]
+
+
+def joined(values: list[Tensor | Coded]) -> Tensor | Coded:
+    """The matrix that has these parts' rows, one after the other, copied."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat([value for value in values if isinstance(value, Tensor)])
+    rows = torch.cat([value.rows for value in values if isinstance(value, Coded)])
+    return Coded(rows, (len(values) * first.shape[0], *first.shape[1:]), first.decode)
+
+
+def made(value: Tensor | Coded, dtype: torch.dtype | None, device: torch.device | None = None) -> Tensor:
+    """``value`` in ``dtype`` (as it is, or decoded to float32, where None), on ``device`` (where it is, or the host, where None)."""
+    if isinstance(value, Coded):
+        return value.tensor(dtype, device)
+    return value.to(device=device or value.device, dtype=dtype or value.dtype)
+
+
+def read_from(value: Tensor | Coded) -> Tensor:
+    """The tensor whose bytes are read for ``value``."""
+    return value.rows if isinstance(value, Coded) else value
 
 
 def mapped(path: Path) -> mmap.mmap:
@@ -108,20 +169,21 @@ def populate(address: int, size: int) -> None:
         function(first, address + size - first, POPULATE_READ)
 
 
-def fetched(items: Iterable[T], parts: Callable[[T], Iterable[Tensor]]) -> Iterator[T]:
+def fetched(items: Iterable[T], parts: Callable[[T], Iterable[Tensor]], most: int | None = None) -> Iterator[T]:
     """The same items, each once its tensors are in memory; meanwhile those after it are read.
 
     Where the system has no way to ask for that, items pass through, and their pages come as they are used.
 
     Args:
         items: in the order in which they lie on the disk, at best.
-        parts: the plain host tensors of an item that will be read from end to end.
+        parts: the plain tensors of an item that will be read from end to end; those on a device are passed over.
+        most: bytes to read ahead, :data:`AHEAD` where None; one item is read ahead, however large.
     """
     if advise() is None:
         yield from items
         return
     waiting: deque[tuple[T, int, list[Future[None]]]] = deque()
-    ahead = 0
+    ahead, most = 0, AHEAD if most is None else most
     with ThreadPoolExecutor(READERS, "disk") as readers:
 
         def ready() -> T:
@@ -133,13 +195,15 @@ def fetched(items: Iterable[T], parts: Callable[[T], Iterable[Tensor]]) -> Itera
             return item
 
         for item in items:
-            spans = [(value.data_ptr(), value.nbytes) for value in parts(item) if value.nbytes]
+            host = [value for value in parts(item) if value.device.type == "cpu" and value.nbytes]
+            spans = [(value.data_ptr(), value.nbytes) for value in host]
+            del host
             slices = [(a + i, min(SLICE, size - i)) for a, size in spans for i in range(0, size, SLICE)]
             total = sum(size for _, size in spans)
             waiting.append((item, total, [readers.submit(populate, *one) for one in slices]))
             del item  # whoever takes it may be the last to have it
             ahead += total
-            while ahead > AHEAD:
+            while ahead > most and len(waiting) > 1:
                 yield ready()
         while waiting:
             yield ready()

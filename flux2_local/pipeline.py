@@ -20,7 +20,7 @@ from .presets import devices, show_bytes, tiers
 from .progress import CancelCheck, OnProgress, Reporter
 from .request import Acceleration, Request, Variant, make_request
 from .result import Result
-from .settings import LoraSource, Settings, choose, find_hardware, make_settings
+from .settings import LoraSource, Settings, choose, hardware_to_use, make_settings
 from .stages import Run, paint
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Flux2:
             keep_prompts=keep_prompts,
             requests=requests,
         )
-        hardware = find_hardware(device)
+        hardware = hardware_to_use(device, settings)
         if hardware.device in devices():
             raise BackendUnavailableError(
                 f"{hardware.device} is a card's description, good for `flux2-local plan` only. Leave device out to use what is here."

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import quant
 from .attention import AUTO
-from .candidates import SYSTEM_RESERVE, Candidate, Draft, Need, Placement, Terms, layouts, least
+from .candidates import SYSTEM_RESERVE, Candidate, Draft, Need, Placement, Terms, layouts, least, ways
 from .choices import (
     Choice,
     choose_attention,
@@ -21,6 +21,7 @@ from .choices import (
     choose_dtype,
     choose_format,
     choose_freed,
+    choose_guidance,
     choose_ops,
     figures_choice,
     folds,
@@ -108,6 +109,7 @@ class Plan:
         ops: the implementation of what lies between the matmuls.
         compile: "off", or "blocks" where torch.compile makes one graph of each kind of block.
         cache: when steps may be skipped; None computes all.
+        together: whether the two passes of classifier-free guidance run as one of a batch twice as large.
         batch: pictures of one size that are denoised together, where so many are asked for.
         vae_tile: side of a decoding tile in pixels, or 0 for whole pictures.
         channels_last: whether convolutions run in channels-last layout.
@@ -115,7 +117,8 @@ class Plan:
         keep_freed: whether the process keeps host memory that it frees.
         encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first,
             on the average of those that are computed and those that the step cache is expected to skip.
-        place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, and decoding.
+        place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, with reading the
+            references where that is done once, and decoding.
         peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
         work: the request that predictions are for.
         choices: every decision with its reason.
@@ -135,6 +138,7 @@ class Plan:
     ops: str
     compile: str
     cache: CachePolicy | None
+    together: bool
     batch: int
     vae_tile: int
     channels_last: bool
@@ -196,7 +200,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         spared(need, cache),
     )
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
-    drafts = [Draft(terms, form, layout) for form in wanted for layout in layouts(hardware)]
+    drafts = [Draft(terms, form, held, way) for form in wanted for held in layouts(hardware) for way in ways(need)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
     fitting = [c for c in candidates if not c.problem]
     if not fitting:
@@ -224,6 +228,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         ops=ops_choice.value,
         compile=compile_choice.value,
         cache=cache,
+        together=winner.together,
         batch=batch,
         vae_tile=winner.tile,
         channels_last=not need.tier.exact,
@@ -249,6 +254,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
             upsampling_choice(need.tier, hardware, dtype),
             freed_choice,
             cache_choice,
+            *choose_guidance(winner, candidates, need),
             batch_choice,
             figures_choice(hardware),
         ),
@@ -316,6 +322,8 @@ def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
         return f"{told}, and that gains less than {need.tier.patience:g} times the speed" if gains else told
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
+    if seconds == best and (candidate.form, candidate.layout) == (winner.form, winner.layout):
+        return "no faster, and its steps take more memory"
     return f"{seconds:.1f} s against {best:.1f} s"
 
 

@@ -65,6 +65,7 @@ class ModelPreset:
     variants: dict[Variant, Recipe]
     hub: str | None = None
     harmless: str | None = None
+    references_once: bool = False
 
     def recipe(self, variant: Variant) -> Recipe:
         """The recipe for ``variant``.
@@ -204,6 +205,7 @@ def models() -> dict[str, ModelPreset]:
             variants={k: _recipe(v) for k, v in row["variants"].items()},
             hub=row.get("hub"),
             harmless=row.get("harmless"),
+            references_once=row.get("references_once", False),
         )
         for name, row in _table("models").items()
     }

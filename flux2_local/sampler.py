@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache import StepCache
 from .model.ops import Rotary
-from .model.transformer import Flux2Transformer, Modulation
+from .model.transformer import Flux2Transformer, Kept, Modulation
 from .presets import CachePolicy
 from .schedule import Schedule
 
@@ -29,6 +29,8 @@ class Conditions:
         embedded: whether the network itself reads the guidance scale.
         references: reference tokens [1, R, C], or None.
         rotary: tables for text, picture and references.
+        together: whether guidance's two passes run as one of a batch twice as large.
+        once: whether the references' keys and values are computed once, and not their tokens in every step.
     """
 
     text: Tensor
@@ -37,6 +39,8 @@ class Conditions:
     embedded: bool
     references: Tensor | None
     rotary: Rotary
+    together: bool = False
+    once: bool = False
 
 
 def modulations(
@@ -73,22 +77,53 @@ def denoise(
         [B, N, C], the dtype of ``noise``.
     """
     c, device = conditions, noise.device
-    table = modulations(transformer, schedule, c.guidance if c.embedded else None, device)
-    context = transformer.context(c.text).expand(len(noise), -1, -1)
-    negative = None if c.negative is None else transformer.context(c.negative).expand(len(noise), -1, -1)
-    references = None if c.references is None else c.references.expand(len(noise), -1, -1)
+    guidance = c.guidance if c.embedded else None
+    table = modulations(transformer, schedule, guidance, device)
+    rotary, references, kept = c.rotary, c.references, None
+    if references is not None and c.once:
+        kept, rotary, references = read_references(transformer, c, guidance), own_rows(c), None
+    contexts = passes(transformer, c, len(noise))
+    references = None if references is None else references.expand(len(noise), -1, -1)
     sigmas = torch.from_numpy(schedule.sigmas).to(device)
     x, count = noise, noise.shape[1]
     levels = tuple(float(s) for s in schedule.sigmas)
-    own, other = (None if policy is None else [StepCache(policy, levels) for _ in noise] for _ in range(2))
+    caches = [None if policy is None else [StepCache(policy, levels) for _ in context] for context in contexts]
     for i, mod in enumerate(table):
         tokens = x if references is None else torch.cat([x, references], 1)
         tokens = tokens.to(transformer.dtype)
-        velocity = transformer(tokens, context, mod, c.rotary, count, own)
-        if negative is not None:
-            unguided = transformer(tokens, negative, mod, c.rotary, count, other)
-            velocity = unguided + c.guidance * (velocity - unguided)
+        if len(contexts[0]) > len(noise):
+            tokens = torch.cat([tokens, tokens])
+        velocities = [
+            transformer(tokens, context, mod, rotary, count, own, kept)
+            for context, own in zip(contexts, caches, strict=True)
+        ]
+        velocity, *unguided = (part for v in velocities for part in v.split(len(noise)))
+        if unguided:
+            velocity = unguided[0] + c.guidance * (velocity - unguided[0])
         estimate = x.float() - sigmas[i] * velocity
         x = (x.float() + (sigmas[i + 1] - sigmas[i]) * velocity).to(velocity.dtype)
         on_step(i + 1, x, estimate)
     return x
+
+
+def passes(transformer: Flux2Transformer, conditions: Conditions, batch: int) -> list[Tensor]:
+    """The texts that a step's evaluations read, embedded: the prompts [B, L, D] and the empty ones, or one [2·B, L, D] of both."""
+    given = [text for text in (conditions.text, conditions.negative) if text is not None]
+    contexts = [transformer.context(text).expand(batch, -1, -1) for text in given]
+    return [torch.cat(contexts)] if conditions.together else contexts
+
+
+def read_references(transformer: Flux2Transformer, conditions: Conditions, guidance: float | None) -> list[Kept]:
+    """The references' keys and values in every block."""
+    assert conditions.references is not None
+    clean = torch.zeros((), device=conditions.references.device, dtype=transformer.schedule_dtype)
+    mod = transformer.modulation(clean, guidance)
+    tokens = conditions.references.to(transformer.dtype)
+    first = len(conditions.rotary.cos) - tokens.shape[1]
+    return transformer.keys_and_values(tokens, mod, conditions.rotary.rows(first, first + tokens.shape[1]))
+
+
+def own_rows(conditions: Conditions) -> Rotary:
+    """The rotary tables without the references' rows."""
+    assert conditions.references is not None
+    return conditions.rotary.rows(0, len(conditions.rotary.cos) - conditions.references.shape[1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import load, quant, store
+from . import load, quant, rates, store
 from .attention import AUTO, NAMES
 from .candidates import Need
 from .costs import Work
@@ -109,11 +109,18 @@ def settings_of(loading: Mapping[str, Any]) -> Settings:
     return make_settings(**{k: v for k, v in loading.items() if k not in ("model", "device", "base", "lora")})
 
 
-def find_hardware(device: str | None, ram: int | None = None) -> Hardware:
-    """This machine's hardware, or the one that a preset of ``devices.toml`` describes."""
+def find_hardware(device: str | None, ram: int | None = None, measure: bool = False) -> Hardware:
+    """This machine's hardware, whose rates may be measured for it, or the one that a preset of ``devices.toml`` describes."""
     if device is not None and device.split(":")[0] not in ("cuda", "cpu", "mps"):
         return from_preset(device, ram)
-    return probe(device)
+    return probe(device, measure)
+
+
+def hardware_to_use(device: str | None, settings: Settings) -> Hardware:
+    """As :func:`find_hardware`, for work rather than for a plan alone: rates that nobody has measured are measured where the budget
+    has room for that."""
+    small = settings.vram is not None and settings.vram < max(rates.ROOM.values())
+    return find_hardware(device, measure=not small)
 
 
 def choose(

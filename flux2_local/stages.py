@@ -154,6 +154,8 @@ class Run:
             embedded=preset.guidance == "embedded",
             references=torch.cat([layout.pack(z) for z in self.latents], 1) if self.latents else None,
             rotary=c.transformer.rotary(torch.cat(positions).to(c.device)),
+            together=self.plan.together,
+            once=preset.references_once,
         )
         total = schedule.steps * count
 

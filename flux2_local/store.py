@@ -14,7 +14,7 @@ from .presets import BUNDLED, ModelPreset, families, models
 from .request import Variant
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer")
-PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline")
+PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 SAFETY_MODEL = "Falconsai/nsfw_image_detection"
 
 
@@ -165,7 +165,7 @@ def check_layout(folder: Path) -> None:
         )
     kind = weights.read_json(index).get("_class_name")
     if kind not in PIPELINES:
-        raise WeightsDamagedError(f"{folder} holds a {kind}, and only {' and '.join(PIPELINES)} are FLUX.2 models.")
+        raise WeightsDamagedError(f"{folder} holds a {kind}, and only {', '.join(PIPELINES)} are FLUX.2 models.")
     missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
     if missing:
         raise WeightsDamagedError(f"{folder} lacks {', '.join(missing)}. {weights.FETCH_AGAIN}")
@@ -175,7 +175,10 @@ def preset_of(folder: Path) -> ModelPreset:
     """How a folder serves the variants: as its family's preset does, or, for other shapes, as its pipeline's does."""
     index = weights.read_json(folder / "model_index.json")
     config = weights.read_json(folder / "transformer" / "config.json")
-    guidance = "embedded" if config.get("guidance_embeds", True) else "none" if index.get("is_distilled") else "cfg"
+    if index["_class_name"] == PIPELINES[2]:  # which never guides
+        guidance = "none"
+    else:
+        guidance = "embedded" if config.get("guidance_embeds", True) else "none" if index.get("is_distilled") else "cfg"
     same_kind = [m for m in models().values() if m.pipeline == index["_class_name"] and m.guidance == guidance]
     for preset in same_kind:
         if _fits(config, _transformer_shape(preset)):

@@ -1,4 +1,4 @@
-"""Reading weight files: safetensors folders, single files and GGUF, into modules made on the meta device.
+"""Reading weight files into modules made on the meta device; :mod:`flux2_local.single` reads those that have names of their own.
 
 Only safetensors and GGUF are ever opened; what could run code when it is read is refused by name.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import mapping
 from .errors import PickleRefusedError, WeightsDamagedError
 from .files import reason
+from .mapping import Coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FETCH_AGAIN = "Fetch it again (`flux2-local download` repairs a model that it knows)."
 
-Tensors = Iterator[tuple[str, Tensor]]
+Tensors = Iterator[tuple[str, Tensor | Coded]]
+"""Names and values, each made when it is asked for."""
 
 
 def refuse_pickle(path: Path) -> None:
@@ -101,7 +103,7 @@ def header(path: Path) -> dict[str, Any]:
     return entries
 
 
-def read_files(paths: list[Path]) -> Tensors:
+def read_files(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of some safetensors files, mapped from the disk rather than copied, in the order in which they lie there."""
     for path in paths:
         entries = header(path)
@@ -112,40 +114,64 @@ def read_files(paths: list[Path]) -> Tensors:
             raise WeightsDamagedError(f"{path} cannot be read: {reason(error)}. {FETCH_AGAIN}") from error
 
 
-def read_gguf(path: Path) -> Tensors:
-    """Every tensor of a GGUF file, dequantised to float32 (16-bit floats stay as they are)."""
-    import gguf
+def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, at most one tensor at a time on the host beside those that are there.
 
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:
-        raise WeightsDamagedError(f"{path} is not a readable GGUF file: {error}. {FETCH_AGAIN}") from error
-    for entry in reader.tensors:
-        shape = [int(n) for n in reversed(entry.shape)]
-        kind = entry.tensor_type
-        if kind == gguf.GGMLQuantizationType.BF16:
-            value = torch.from_numpy(entry.data.view("uint8").copy()).view(torch.bfloat16)
-        elif kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
-            value = torch.from_numpy(entry.data.copy())
-        else:
-            try:
-                value = torch.from_numpy(gguf.quants.dequantize(entry.data, kind))
-            except NotImplementedError as error:
-                raise WeightsDamagedError(
-                    f"{path.name} stores {entry.name} as {kind.name}, which cannot be read here. Use a Q8_0, Q6_K, Q5_K, "
-                    f"Q4_K or 16-bit file."
-                ) from error
-        yield str(entry.name), value.reshape(shape)
+    Args:
+        path: of the file.
+        tensors: contiguous, on any device; the widest types come first, so that each is aligned.
+        metadata: to go with them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    names = {kind: name for name, kind in mapping.DTYPES.items()}
+    order = sorted(tensors.items(), key=lambda one: (-one[1].element_size(), one[0]))
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, value in order:
+        begin, end = end, end + value.nbytes
+        entries[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for _, value in order:
+            f.write(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def hub_names(tensors: Tensors) -> dict[str, Tensor]:
-    """A single-file transformer's tensors under the hub layout's names (from BFL's names, where it has those)."""
-    state = {name.removeprefix("model.diffusion_model."): value for name, value in tensors}
-    if any(name.startswith(("double_blocks.", "single_blocks.")) for name in state):
-        from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+def fitting(
+    module: nn.Module, tensors: Tensors, source: str, rename: Callable[[str], str | None] | None = None
+) -> Tensors:
+    """Those of a checkpoint's tensors that belong into a module, under the module's names.
 
-        state = convert_flux2_transformer_checkpoint_to_diffusers(state)
-    return state
+    Args:
+        module: on the meta device.
+        tensors: the checkpoint; names that the module has not are passed over.
+        source: what to call the checkpoint in errors.
+        rename: checkpoint name -> module name, or None to pass over.
+
+    Raises:
+        WeightsDamagedError: a tensor has another shape or, in the end, is missing.
+    """
+    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in tensors:
+        target = rename(name) if rename else name
+        if target is None or target not in wanted:
+            continue
+        expected = wanted.pop(target)
+        if tuple(expected.shape) != tuple(value.shape):
+            raise WeightsDamagedError(
+                f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
+                f"belongs to another model, or its config.json does."
+            )
+        yield target, value
+        del value  # whoever has taken it may let go of it before the next comes
+    if wanted:
+        some = ", ".join(sorted(wanted)[:3])
+        raise WeightsDamagedError(
+            f"{source} lacks {len(wanted)} tensors ({some}…). The download is incomplete. {FETCH_AGAIN}"
+        )
 
 
 def fill(
@@ -153,49 +179,31 @@ def fill(
     tensors: Tensors,
     *,
     dtype: torch.dtype | None,
-    source: str,
-    rename: Callable[[str], str | None] | None = None,
     keep_dtype: tuple[str, ...] = (),
+    device: torch.device | None = None,
 ) -> None:
-    """Give a module on the meta device its weights.
+    """Give a module on the meta device its weights, one after the other.
 
     Args:
         module: parameters and buffers are replaced, not copied into.
-        tensors: the checkpoint; names that the module has not are passed over.
-        dtype: floating-point tensors are converted to it; None leaves them as stored.
-        source: what to call the checkpoint in errors.
-        rename: checkpoint name -> module name, or None to pass over.
+        tensors: of :func:`fitting`.
+        dtype: floating-point tensors are converted to it; None leaves them as stored (coded ones become float32).
         keep_dtype: names that start so keep their own type.
-
-    Raises:
-        WeightsDamagedError: a tensor is missing or has another shape.
+        device: where what is converted goes; the host where None.
     """
-    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
-    def fitting() -> Tensors:
-        for name, value in tensors:
-            target = rename(name) if rename else name
-            if target is None or target not in wanted:
-                continue
-            expected = wanted.pop(target)
-            if expected.shape != value.shape:
-                raise WeightsDamagedError(
-                    f"{source}: {name} has shape {list(value.shape)} where the architecture has {list(expected.shape)}. The file "
-                    f"belongs to another model, or its config.json does."
-                )
-            yield target, value
-
-    def converted(target: str, value: Tensor) -> bool:
+    def stays(target: str, value: Tensor) -> bool:
         own = target.startswith(keep_dtype or ("\0",))
-        return dtype not in (None, value.dtype) and value.is_floating_point() and not own
+        return dtype in (None, value.dtype) or not value.is_floating_point() or own
 
-    for target, value in mapping.fetched(fitting(), lambda one: [one[1]] if converted(*one) else []):
-        assign(module, target, value.to(dtype) if converted(target, value) else value)
-    if wanted:
-        some = ", ".join(sorted(wanted)[:3])
-        raise WeightsDamagedError(
-            f"{source} lacks {len(wanted)} tensors ({some}…). The download is incomplete. {FETCH_AGAIN}"
-        )
+    def read(one: tuple[str, Tensor | Coded]) -> list[Tensor]:
+        target, value = one
+        return [] if isinstance(value, Tensor) and stays(target, value) else [mapping.read_from(value)]
+
+    for target, value in mapping.fetched(tensors, read):
+        same = isinstance(value, Tensor) and stays(target, value)
+        assign(module, target, mapping.made(value, None if same else dtype, None if same else device))
+        del value
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

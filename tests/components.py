@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
@@ -152,4 +153,12 @@ def save_klein(folder: Path, distilled: bool) -> Path:
     net = randomised(Flux2Transformer2DModel(**TRANSFORMER, joint_attention_dim=48, guidance_embeds=False), 6).eval()
     pipe = Flux2KleinPipeline(scheduler(), autoencoder(), text, tok, net, is_distilled=distilled)
     pipe.save_pretrained(folder)
+    return folder
+
+
+def save_klein_kv(folder: Path, klein: Path) -> Path:
+    """The same components as a Flux2KleinKVPipeline, which reads references once."""
+    pipe = Flux2KleinPipeline.from_pretrained(klein)
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+    Flux2KleinKVPipeline(**{name: pipe.components[name] for name in names}).save_pretrained(folder)
     return folder

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FLUX2_LOCAL_MEASURE"] = "0"  # plans go by public figures here, whatever was measured on this machine
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # pytest -n: the processor's cores are shared
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -73,6 +74,13 @@ def klein_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from components import save_klein
 
     return save_klein(tmp_path_factory.mktemp("models") / "klein-base", distilled=False)
+
+
+@pytest.fixture(scope="session")
+def klein_kv_folder(tmp_path_factory: pytest.TempPathFactory, klein_folder: Path) -> Path:
+    from components import save_klein_kv
+
+    return save_klein_kv(tmp_path_factory.mktemp("models") / "klein-kv", klein_folder)
 
 
 @pytest.fixture(scope="session")

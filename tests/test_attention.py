@@ -68,6 +68,14 @@ def test_products_of_matrices_compute_attention(shape):
     check(attention.load("matmul"), shape, torch.bfloat16, 1.5e-2)
 
 
+@pytest.mark.parametrize("name", [*ON_CPU, "matmul"])
+def test_there_may_be_more_keys_than_queries(name):
+    """Where references' keys and values are kept from before."""
+    (q, *_), (_, k, v) = draw((2, 37, 3, 16), torch.bfloat16), draw((2, 300, 3, 16), torch.bfloat16)
+    want, got = exact(q, k, v), attention.load(name)(q, k, v)
+    assert got.shape == q.shape and (got.double() - want).abs().max() <= 1.5e-2 * want.abs().max()
+
+
 def test_these_are_all_that_run_on_a_cpu():
     assert usable(problem(kind="cpu", dtype="float32")) == set(ON_CPU)
     assert usable(problem(kind="cpu")) == {*ON_CPU, "matmul"}

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_local import BudgetError, Flux2, quant
+from flux2_local import BudgetError, Flux2, footprint, load, quant
 from flux2_local.candidates import LAYOUTS, SYSTEM_RESERVE, Draft, Terms
 from flux2_local.offload import staged, streamed
 from flux2_local.offload.simulated import SimulatedLink
@@ -99,6 +99,19 @@ def test_references(dev_folder):
     check(held(flux) + peak_of(lambda: generate(flux, **fields)), planned(flux, **fields).plan.peak_bytes)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_a_reference(klein_folder, dtype):
+    """By itself: attention between the tokens of all pictures may take more."""
+    flux = Flux2.load(klein_folder, dtype=dtype, quantize="none")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (768, 640, 3), dtype=np.uint8))
+    run = planned(flux, images=[picture])
+    run.report = lambda progress: None
+    # Beside what is counted a few KiB of constants.
+    check(
+        peak_of(lambda: run.encoded([picture])), footprint.referring(draft(flux, LAYOUTS[0], 0).setup, 640, 768), 2**16
+    )
+
+
 def simulated(flux, layout, stay, monkeypatch):
     """Networks that are not resident wait on the host; what moves is copied, as to a card."""
 
@@ -177,6 +190,37 @@ def test_the_smallest_budget_that_an_error_names_is_enough(dev_folder, side):
     plan = planned(flux, **fields).plan
     assert plan.vae_tile == 512 and plan.peak_bytes == caught.value.smallest - SYSTEM_RESERVE["cpu"]
     check(held(flux) + peak_of(lambda: generate(flux, **fields)), plan.peak_bytes)
+
+
+def denoised(flux, setup, plan, **fields):
+    """Bytes that denoising takes at most, of one picture or of all together, and what is predicted in ``setup``."""
+    run = planned(flux, **fields)
+    run.plan, run.report = replace(run.plan, **plan), lambda progress: None
+    run.prepare()
+    shots = [(run, number) for number in range(run.request.num_images)]
+    given = [run.text, *([] if run.negative is None else [run.negative]), *run.latents]
+    measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, 0, 1))
+    sizes = tuple(picture.size for picture in run.references)
+    work = replace(run.plan.work, references=sizes, batch=len(shots))
+    own = replace(draft(flux, LAYOUTS[0], 0, **fields).setup, arch=load.architecture(flux.checkpoint), **setup)
+    return measured, footprint.denoising(own, work)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("together", [False, True])
+def test_guidance_with_its_passes_together_or_apart(klein_base_folder, together, images):
+    flux = Flux2.load(klein_base_folder, dtype="float32", quantize="none")
+    check(*denoised(flux, {"together": together}, {"together": together}, num_images=images))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_what_is_kept_of_references(klein_kv_folder, images):
+    """Small channels make it less exact: what is no longer or not yet there while references are read is counted then too."""
+    flux = Flux2.load(klein_kv_folder, dtype="float32", quantize="none")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 768, 640, 3), dtype=np.uint8)
+    given = [Image.fromarray(picture) for picture in pictures]
+    measured, predicted = denoised(flux, {}, {}, images=given, num_images=images)
+    assert 0.92 * predicted <= measured <= predicted, measured / predicted
 
 
 def alive():

@@ -59,7 +59,7 @@ def test_a_picture_is_the_same_whatever_is_denoised_with_it(tiny, monkeypatch):
     monkeypatch.setattr(flux, "_plan_for", lambda *asked: replace(plan(*asked), cache=policy))
     counts, caches = watch(monkeypatch, flux)
     alone = [flux.generate(scene, seed=n, **SMALL).images[0].data for n, scene in enumerate(SCENES)]
-    skipped = [cache.skipped for cache in caches[::2]]
+    skipped = [cache.skipped for cache in caches]
     assert set(counts) == {1} and len({tuple(s) for s in skipped}) > 1, "pictures that skip different steps"
     counts.clear()
     caches.clear()

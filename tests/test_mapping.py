@@ -1,11 +1,9 @@
 """Mapped tensors: what the file says, in memory before they are asked for, and gone when nobody has them."""
 
 import json
-import re
 import struct
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,15 +46,10 @@ def shard(tmp_path_factory):
     return path
 
 
-def mapped():
-    """Bytes of files' pages that this process has in memory."""
-    return 1024 * int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text("ascii"))[1])
-
-
 def read(path, dtype=None):
     with meta():
         net = Net().bfloat16()
-    weights.fill(net, weights.read_files([path]), dtype=dtype, source="x")
+    weights.fill(net, weights.fitting(net, weights.read_files([path]), "x"), dtype=dtype)
     return net
 
 
@@ -64,10 +57,11 @@ def read(path, dtype=None):
 def most(monkeypatch):
     """The most that was mapped, beyond what was at first, wherever it is looked."""
     monkeypatch.setattr(mapping, "AHEAD", 2 * LAYER)
-    first, seen = mapped(), []
+    monkeypatch.setattr(convert, "READ_AHEAD", 2 * LAYER)
+    first, seen = loading.mapped(), []
 
     def look():
-        seen.append(mapped() - first)
+        seen.append(loading.mapped() - first)
         return max(seen)
 
     return look
@@ -129,16 +123,16 @@ def test_everything_comes_in_order_and_an_end_before_the_end_is_fine(shard):
 
 @linux
 def test_what_is_loaded_is_in_memory_and_nothing_else(shard):
-    first = mapped()
+    first = loading.mapped()
     net = read(shard)
-    assert mapped() - first < SLACK, "nothing is read for a network that may stay on the disk"
+    assert loading.mapped() - first < SLACK, "nothing is read for a network that may stay on the disk"
     resident.hold(net, torch.device("cpu"))
-    assert abs(mapped() - first - COUNT * LAYER) < SLACK
+    assert abs(loading.mapped() - first - COUNT * LAYER) < SLACK
     del net.layers[3:]
-    assert abs(mapped() - first - 3 * LAYER) < SLACK
+    assert abs(loading.mapped() - first - 3 * LAYER) < SLACK
     staged.hold(read(shard), torch.device("cpu"))
     del net
-    assert mapped() - first < SLACK
+    assert loading.mapped() - first < SLACK
 
 
 @linux

@@ -1,13 +1,16 @@
-"""Rates: measured where asked for, kept for one device and one torch, and what plans go by from then on."""
+"""Rates: measured once or where asked for, kept for one device and one torch, and what plans go by from then on."""
 
 import json
+import os
+import threading
+import time
 import tomllib
 from dataclasses import replace
 
 import pytest
 from flux2_kernels.rates import MULTIPLES
 
-from flux2_local import rates
+from flux2_local import Flux2, PlanError, rates
 from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, hardware_rows
@@ -19,6 +22,29 @@ from flux2_local.presets import EIGHT_BIT, config_folder, devices, models, tiers
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(rates.SWITCH, "1")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CPU that is 1.5 times as fast as public figures say; how often it was measured."""
+    times = []
+
+    def measure(device, dtypes, seconds=None):
+        times.append(device)
+        public = replace(probe("cpu"), measured=False)
+        return {"copy": 1.5 * public.memory_rate} | {name: 1.5 * public.flops[name] for name in dtypes}
+
+    monkeypatch.setattr(rates, "measure", measure)
+    return times
+
+
+def load(**options):
+    return Flux2.load("tiny", "flash", device="cpu", **options)
+
+
+def said(flux):
+    return next(choice for choice in flux.plan.choices if choice.what == "figures")
 
 
 def figures(hardware):
@@ -102,3 +128,135 @@ def test_a_card_that_is_in_no_table_has_the_multiples_of_the_newest_that_is_no_n
     for sm, kin in ((75, None), (80, "a100"), (87, "rtx-3090"), (100, "h100"), (121, "rtx-5090")):
         guessed = rate_of("NVIDIA Quadro X-1", sm, 60)
         assert guessed.eight_bit == (known[kin].eight_bit if kin else {}) and "guessed from 60" in guessed.source
+
+
+# ---- by itself ----
+
+
+def test_the_first_load_measures_and_the_plan_says_so(machine):
+    public = probe("cpu")
+    first, second = load(), load()
+    assert machine == ["cpu"] and said(first) == said(second)
+    assert said(first).value == "measured" and "measures again" in said(first).reason
+    assert first.hardware.flops == {name: 1.5 * rate for name, rate in public.flops.items()} == probe("cpu").flops
+
+
+def test_servers_measure_before_they_choose(machine):
+    from flux2_local.endpoints import Pipelines
+
+    plans = Pipelines({"model": "tiny", "device": "cpu"}).plans().values()
+    assert machine == ["cpu"]
+    assert {c.value for plan in plans for c in plan.choices if c.what == "figures"} == {"measured"}
+
+
+@pytest.mark.parametrize("line", ["plan --model tiny", "plan --device rtx-4090 --model klein-4b", "--help"])
+def test_what_loads_nothing_measures_nothing(machine, line):
+    from typer.testing import CliRunner
+
+    from flux2_local.cli import app
+
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 0 and done.output and not machine
+    assert "plan" not in line or "figures: public" in done.output
+
+
+@pytest.mark.parametrize("why", ["switched off", "a small budget", "no memory", "no folder"])
+def test_where_nothing_is_measured(machine, monkeypatch, tmp_path, why):
+    if why == "switched off":
+        rates.once(probe("cpu"))
+        machine.clear()
+        monkeypatch.setenv(rates.SWITCH, "0")
+    elif why == "no memory":
+        monkeypatch.setitem(rates.ROOM, "cpu", 2**50)
+    elif why == "no folder":
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    flux = load(vram="2GiB" if why == "a small budget" else None)
+    assert not machine and said(flux).value == "public"
+
+
+def test_what_is_switched_off_cannot_be_asked_for(monkeypatch):
+    monkeypatch.setenv(rates.SWITCH, "0")
+    with pytest.raises(PlanError, match="FLUX2_LOCAL_MEASURE=0.*Unset it"):
+        rates.keep(probe("cpu"))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_rates_out_of_all_reason_are_discarded_and_not_measured_again(machine, monkeypatch, caplog, factor):
+    hardware, believable = probe("cpu"), rates.measure
+    monkeypatch.setattr(rates, "measure", lambda *a: {**believable(*a), "float32": factor * hardware.flops["float32"]})
+    assert not rates.once(hardware).measured and not rates.once(hardware).measured and machine == ["cpu"]
+    (record,) = (r for r in caplog.records if r.levelname == "WARNING")
+    assert "float32" in record.getMessage() and "doctor --measure" in record.getMessage()
+    assert rates.keep(hardware).measured, "whoever asks for it gets it"
+
+
+def test_a_failure_is_no_error_and_is_tried_again(machine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    good = rates.measure
+    monkeypatch.setattr(rates, "measure", fail)
+    assert said(load()).value == "public" and not list(rates.place(probe("cpu")).parent.iterdir())
+    monkeypatch.setattr(rates, "measure", good)
+    assert said(load()).value == "measured"
+
+
+def test_processes_wait_for_the_one_that_measures(machine):
+    hardware = probe("cpu")
+    path, kept = rates.place(hardware), {"copy": 1e10} | dict.fromkeys(hardware.flops, 1e11)
+    rates.write(path.with_suffix(".lock"), b"")
+
+    def finish():
+        time.sleep(0.3)
+        rates.write(path, json.dumps(kept).encode())
+        path.with_suffix(".lock").unlink()
+
+    other = threading.Thread(target=finish)
+    other.start()
+    assert rates.once(hardware).memory_rate == 1e10 and not machine
+    other.join()
+
+
+def test_a_process_that_died_is_not_waited_for(machine):
+    lock = rates.place(probe("cpu")).with_suffix(".lock")
+    rates.write(lock, b"")
+    os.utime(lock, (1, 1))
+    assert rates.once(probe("cpu")).measured and machine == ["cpu"] and not lock.exists()
+
+
+def test_a_moment_of_noise_moves_no_rate():
+    pause = iter([0.0] * 3 + [0.05] * 3)
+
+    def disturbed():
+        time.sleep(0.005 + next(pause, 0.0))
+
+    took = rates.typical({"a": disturbed, "b": lambda: time.sleep(0.002)}, lambda: None, 0.3)
+    assert took["a"] < 0.02 and took["b"] < 0.01
+
+
+def test_measuring_leaves_the_users_random_numbers_alone(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(rates, "SMALL", 64)
+    monkeypatch.setitem(rates.PRODUCT, "cpu", 64)
+    monkeypatch.setattr(rates, "COPIED", 2**16)
+    before = torch.get_rng_state()
+    rates.measure("cpu", ["float32"], 0.001)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_8_bit_product_that_there_is_not_is_not_measured(monkeypatch):
+    import torch
+
+    def refused(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(rates, "SMALL", 64)
+    monkeypatch.setitem(rates.PRODUCT, "cpu", 64)
+    monkeypatch.setattr(rates, "COPIED", 2**16)
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    assert set(rates.measure("cpu", ["float32", "int8", "float8_e4m3fn"], 0.001)) == {"copy", "float32", "int8"}
+    monkeypatch.setattr(torch, "mm", refused)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        rates.measure("cpu", ["float32"], 0.001)

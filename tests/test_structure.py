@@ -19,6 +19,7 @@ LAYERS = (
     ),
     ("costs", "hardware", "heap", "rates", "schedule", "latents"),
     ("model",),
+    ("single",),
     ("weights", "result", "images", "files", "frames", "progress"),
     ("mapping",),
     ("presets",),

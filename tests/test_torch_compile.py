@@ -72,6 +72,27 @@ def test_every_size_runs_the_same_two_graphs(fresh, tmp_path, attention):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+@torch.inference_mode()
+def with_references(net, tokens):
+    """Two pictures, with references as many as the tokens of the smallest size more that are read once."""
+    generator = torch.Generator().manual_seed(tokens)
+    others = tokens + SIZES[0]
+    references, latents = (torch.randn(b, n, 8, generator=generator) for b, n in ((1, others), (2, tokens)))
+    text = torch.randn(2, TEXT, 24, generator=generator)
+    rotary = net.rotary(torch.randint(0, 9, (TEXT + tokens + others, 4), generator=generator))
+    mod, clean = (net.modulation(torch.tensor(sigma), 2.5) for sigma in (0.5, 0.0))
+    kept = net.keys_and_values(references, clean, rotary.rows(TEXT + tokens, TEXT + tokens + others))
+    return net(latents, net.context(text), mod, rotary.rows(0, TEXT + tokens), tokens, kept=kept)
+
+
+def test_references_that_are_read_once_take_two_graphs_more(fresh, tmp_path):
+    net, want = network(), network()
+    compile_blocks(net, tmp_path, backend="aot_eager")
+    for tokens in SIZES:
+        torch.testing.assert_close(with_references(net, tokens), with_references(want, tokens), rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+
 PROGRAM = """
 import json, sys
 from pathlib import Path

@@ -60,8 +60,8 @@ class Backend:
 
     Attributes:
         name: what the user and the plan call it.
-        load: imports what is needed and returns the function, (q, k, v [B, T, H, d]) -> [B, T, H, d]; called once, when a
-            model is loaded. The function may overwrite q and k.
+        load: imports what is needed and returns the function, (q [B, T, H, d], k and v [B, S, H, d]) -> [B, T, H, d]; called
+            once, when a model is loaded. The function may overwrite q and k.
         types: kind of device that it runs on -> dtype that it takes there -> smallest compute capability (on CUDA).
         sms: the only compute capabilities that it has kernels for; any from the smallest on where empty.
         head_dims: widths of a head that it takes; any where None.

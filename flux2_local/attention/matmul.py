@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _, tokens, heads, channels = q.shape
-    group = max(1, CACHE // (tokens * tokens * q.element_size()))
+    group = max(1, CACHE // (tokens * k.shape[1] * q.element_size()))
     out = torch.empty_like(q)
     for queries, keys, values, results in zip(q * channels**-0.5, k, v, out, strict=True):
         for i in range(0, heads, group):

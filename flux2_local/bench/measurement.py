@@ -99,7 +99,7 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
             f"The judge knows the bundled model's scenes and nothing else, so it cannot judge {wanted.model}. "
             "Measure that without it: flux2-local bench."
         )
-    hardware = probe(wanted.device)
+    hardware = probe(wanted.device, measure=True)  # here, so that no contender's loading takes longer for it
     record = environment.record(hardware.device)
     path = wanted.out or files.free_name(environment.place(record, "speed"))
     if path.is_dir():

@@ -37,7 +37,7 @@ class Ops:
         qk_norm_rope: (x [B, T, H, d] any strides, weight [d], rotary rows of the T tokens, out or None) -> RMSNorm and
             rotation, written into ``out`` [B, T, H, d] where one is given.
         swiglu: (x [B, T, 2M] any row stride, out [B, T, M] or None) -> silu(first half)·second half.
-        attend: (q, k, v [B, T, H, d]) -> [B, T, H, d].
+        attend: (q [B, T, H, d], k and v [B, S, H, d]) -> [B, T, H, d].
     """
 
     modulated_norm: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,34 @@ class Modulation:
     txt: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
     out: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of R reference tokens in one block, [1, R, H, d] each.
+
+    They do not depend on the step, the prompt or the picture in models whose references attend to nothing but themselves.
+
+    Attributes:
+        open: whether they are still to be written, by the pass through the references alone.
+    """
+
+    keys: Tensor
+    values: Tensor
+    open: bool = False
+
+    def attended(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q [B, T, H, d] to k and v, of the same shape, and to what is kept; or k and v are what is to be."""
+        if self.open:
+            self.keys.copy_(k)  # before attention, which may overwrite it
+            self.values.copy_(v)
+            return ops.attend(q, k, v)
+        rows = len(q), -1, -1, -1
+        return ops.attend(q, torch.cat([k, self.keys.expand(rows)], 1), torch.cat([v, self.values.expand(rows)], 1))
+
+
+def attended(ops: Ops, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None) -> Tensor:
+    return ops.attend(q, k, v) if kept is None else kept.attended(ops, q, k, v)
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -151,21 +179,27 @@ class JointAttention(nn.Module):
             setattr(self, name, Scale(head_dim))
         self.to_out = nn.ModuleList([linear(width, width)])
 
-    def forward(self, image: Tensor, text: Tensor, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
-        """[B, N, D] and [B, L, D] -> the same. The sequence is text first."""
-        batch, length, width = text.shape
-        total = length + image.shape[1]
+    def forward(
+        self, image: Tensor, text: Tensor | None, rotary: Rotary, ops: Ops, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] and [B, L, D], or None, -> the same. The sequence is text first."""
+        batch, count, width = image.shape
+        length = 0 if text is None else text.shape[1]
+        total = length + count
         q, k, v = (image.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
         for x, rows, (to_q, to_k, to_v, norm_q, norm_k) in (
             (text, slice(0, length), self._projections("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")),
             (image, slice(length, total), self._projections("to_q", "to_k", "to_v", "norm_q", "norm_k")),
         ):  # fmt: skip
+            if x is None:
+                continue
             part = rotary.rows(rows.start, rows.stop)
             ops.qk_norm_rope(to_q(x).unflatten(-1, (-1, self.head_dim)), norm_q.weight, part, q[:, rows])
             ops.qk_norm_rope(to_k(x).unflatten(-1, (-1, self.head_dim)), norm_k.weight, part, k[:, rows])
             v[:, rows].copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
-        out = ops.attend(q, k, v).flatten(2)
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])  # type: ignore[operator]
+        out = attended(ops, q, k, v, kept).flatten(2)
+        answer = None if text is None else self.to_add_out(out[:, :length])  # type: ignore[operator]
+        return self.to_out[0](out[:, length:]), answer  # type: ignore[operator, index]
 
     def _projections(self, *names: str) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in names)
@@ -178,14 +212,17 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(config.width, config.mlp_width)
         self.ff_context = FeedForward(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, c: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> tuple[Tensor, Tensor]:
-        """Image [B, N, D] and text [B, L, D] through attention and MLP."""
+    def forward(
+        self, x: Tensor, c: Tensor | None, mod: Modulation, rotary: Rotary, ops: Ops, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Image [B, N, D] and text [B, L, D], or None, through attention and MLP."""
         img, txt = mod.img, mod.txt
-        attn, attn_c = self.attn(
-            ops.modulated_norm(x, img[0], img[1]), ops.modulated_norm(c, txt[0], txt[1]), rotary, ops
-        )
+        text = None if c is None else ops.modulated_norm(c, txt[0], txt[1])
+        attn, attn_c = self.attn(ops.modulated_norm(x, img[0], img[1]), text, rotary, ops, kept)
         x = ops.gated_residual(x, img[2], attn)
         x = ops.gated_residual(x, img[5], self.ff(ops.modulated_norm(x, img[3], img[4]), ops))
+        if c is None:
+            return x, None
         c = ops.gated_residual(c, txt[2], attn_c)
         c = ops.gated_residual(c, txt[5], self.ff_context(ops.modulated_norm(c, txt[3], txt[4]), ops))
         return x, clip(c)
@@ -202,7 +239,7 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = Scale(self.head_dim), Scale(self.head_dim)
         self.to_out = linear(self.width + self.inner, self.width)
 
-    def forward(self, x: Tensor, rotary: Rotary, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
         """[B, L + N, D] -> [B, L + N, D]."""
         packed = self.to_qkv_mlp_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
@@ -210,7 +247,7 @@ class ParallelAttention(nn.Module):
         ops.swiglu(packed[..., 3 * self.width :], both[..., self.width :])
         q = ops.qk_norm_rope(q, self.norm_q.weight, rotary, None)
         k = ops.qk_norm_rope(k, self.norm_k.weight, rotary, None)
-        both[..., : self.width].copy_(ops.attend(q, k, v).flatten(2))
+        both[..., : self.width].copy_(attended(ops, q, k, v, kept).flatten(2))
         out: Tensor = self.to_out(both)
         return out
 
@@ -220,10 +257,10 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.attn = ParallelAttention(config)
 
-    def forward(self, x: Tensor, mod: Modulation, rotary: Rotary, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, mod: Modulation, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
         """Text and image together, [B, L + N, D]."""
         shift, scale, gate = mod.single
-        return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops)))
+        return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops, kept)))
 
 
 class Shortcut(Protocol):
@@ -319,6 +356,26 @@ class Flux2Transformer(nn.Module):
         out: Tensor = self.context_embedder(text)
         return out
 
+    def keys_and_values(self, references: Tensor, mod: Modulation, rotary: Rotary) -> list[Kept]:
+        """What reference tokens contribute to every step, one :class:`Kept` per block, where they attend to themselves alone.
+
+        Args:
+            references: [1, R, channels].
+            mod: of :meth:`modulation` at noise level 0: references are pictures.
+            rotary: of :meth:`rotary` for their R positions.
+        """
+        x = self.x_embedder(references)
+        shape = *x.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim
+        kept = []
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            one = Kept(x.new_empty(shape), x.new_empty(shape), open=True)
+            if isinstance(block, DoubleBlock):
+                x, _ = block(x, None, mod, rotary, self.ops, one)
+            else:
+                x = block(x, mod, rotary, self.ops, one)
+            kept.append(replace(one, open=False))
+        return kept
+
     def forward(
         self,
         latents: Tensor,
@@ -327,6 +384,7 @@ class Flux2Transformer(nn.Module):
         rotary: Rotary,
         keep: int,
         shortcuts: Sequence[Shortcut] | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> Tensor:
         """One evaluation of the velocity field.
 
@@ -336,17 +394,22 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation`.
             rotary: of :meth:`rotary` for the L text positions followed by the N image positions.
             keep: how many leading image tokens the answer is wanted for.
-            shortcuts: one per picture, asked whether the blocks are to be computed.
+            shortcuts: one per row of the batch, asked whether the blocks are to be computed.
+            kept: of :meth:`keys_and_values`; then the references are not among ``latents``.
 
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
-        x, c, doubles = self.x_embedder(latents), context, list(self.transformer_blocks)
+        x, c = self.x_embedder(latents), context
+        kepts: Sequence[Kept | None] = kept or [None] * (
+            len(self.transformer_blocks) + len(self.single_transformer_blocks)
+        )
         if shortcuts is None:
-            return self._output(self._blocks(x, c, doubles, mod, rotary)[:, :keep], mod)
+            return self._output(self._blocks(x, c, 0, mod, rotary, kepts)[:, :keep], mod)
         embedded = x[:, :keep]
-        if shortcuts[0].probes:
-            x, c = doubles.pop(0)(x, c, mod, rotary, self.ops)
+        probed = int(shortcuts[0].probes)
+        if probed:
+            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, kepts[0])
         entered = x[:, :keep]
         # Subtracted one by one: a part of the whole batch's difference would keep all of it alive.
         known = [s.rest(after - before) for s, after, before in zip(shortcuts, entered, embedded, strict=True)]
@@ -354,18 +417,22 @@ class Flux2Transformer(nn.Module):
         due = [i for i, added in enumerate(known) if added is None]
         if due:
             some = slice(None) if len(due) == len(known) else due
-            for i, picture in zip(due, self._blocks(x[some], c[some], doubles, mod, rotary)[:, :keep], strict=True):
+            computed = self._blocks(x[some], c[some], probed, mod, rotary, kepts)[:, :keep]
+            for i, picture in zip(due, computed, strict=True):
                 shortcuts[i].keep(picture - entered[i])
                 pictures[i] = picture
         return self._output(torch.stack(pictures), mod)
 
-    def _blocks(self, x: Tensor, c: Tensor, doubles: list[nn.Module], mod: Modulation, rotary: Rotary) -> Tensor:
-        """These double blocks and every single one; the image tokens of the result."""
-        for block in doubles:
-            x, c = block(x, c, mod, rotary, self.ops)
+    def _blocks(
+        self, x: Tensor, c: Tensor, first: int, mod: Modulation, rotary: Rotary, kepts: Sequence[Kept | None]
+    ) -> Tensor:
+        """The double blocks from number ``first`` on and every single one; the image tokens of the result."""
+        count = len(self.transformer_blocks)
+        for block, kept in list(zip(self.transformer_blocks, kepts, strict=False))[first:]:
+            x, c = block(x, c, mod, rotary, self.ops, kept)
         both = torch.cat([c, x], 1)
-        for block in self.single_transformer_blocks:
-            both = block(both, mod, rotary, self.ops)
+        for block, kept in zip(self.single_transformer_blocks, kepts[count:], strict=True):
+            both = block(both, mod, rotary, self.ops, kept)
         return both[:, c.shape[1] :]
 
     def _output(self, x: Tensor, mod: Modulation) -> Tensor:

@@ -22,7 +22,7 @@ from .formats import Format
 
 LEAST_ROTATION = 16
 
-PART = 2**24
+PART = 2**20
 """Weights that are quantized at once."""
 
 VALUES = {"builtin-int8": torch.int8, "builtin-fp8": torch.float8_e4m3fn}
@@ -91,8 +91,14 @@ def quantize(weight: Tensor, form: Format, dtype: torch.dtype, device: torch.dev
 
 def by_rows(weight: Tensor, quantized: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """What ``quantized``, which takes each row by itself, makes of [N, K], some rows at a time: it works in float32."""
-    parts = [quantized(part) for part in weight.split(max(1, PART // weight.shape[1]))]
-    values, scales = (torch.cat(column) for column in zip(*parts, strict=True))
+    wholes: tuple[Tensor, ...] = ()
+    count = max(1, PART // weight.shape[1])
+    for start in range(0, weight.shape[0], count):
+        made = quantized(weight[start : start + count])
+        wholes = wholes or tuple(one.new_empty(weight.shape[0], *one.shape[1:]) for one in made)
+        for whole, one in zip(wholes, made, strict=True):
+            whole[start : start + count].copy_(one)
+    values, scales = wholes
     return values, scales
 
 

@@ -136,9 +136,7 @@ class Kept:
         try:
             check_folder(folder(), sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20)
             with replacing(self.path) as part:
-                from safetensors.torch import save_file
-
-                save_file(tensors, part, {"flux2-local": self.facts})
+                weights.write_file(part, tensors, {"flux2-local": self.facts})
         except OutputError as error:
             return f"The quantized weights could not be kept, and will be made again: {error}"
         self._prune()
