@@ -28,11 +28,10 @@ SCENES = 200
 reader = cache(judge.load)
 
 
-def count(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> tuple[int, int]:
-    """How many of the things asked for the judge finds, and how many there are. Letters count as their words alone."""
-    found = judge.verdicts(reader(), scenes, pictures)
-    rights = [right for name, row in found.items() if name != "letters" for right in row]
-    return sum(rights), len(rights)
+def verdicts(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> list[str]:
+    """For each picture a "1" per thing asked for that the judge finds, and a "0" per other. Letters count as their words alone."""
+    found = (judge.verdicts(reader(), [scene], [picture]) for scene, picture in zip(scenes, pictures, strict=True))
+    return ["".join("01"[right] for name, row in rows.items() if name != "letters" for right in row) for rows in found]
 
 
 def judged() -> Judged:
@@ -42,12 +41,12 @@ def judged() -> Judged:
     def repeated(rounds: int) -> list[Scene]:
         return [scenes[i % SCENES] for i in range(rounds)]
 
-    def read(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
-        return count(repeated(len(pictures)), [Image.fromarray(picture) for picture in pictures])
+    def read(pictures: Sequence[np.ndarray]) -> list[str]:
+        return verdicts(repeated(len(pictures)), [Image.fromarray(picture) for picture in pictures])
 
-    def ceiling(width: int, height: int, rounds: int) -> tuple[int, int]:
+    def ceiling(width: int, height: int, rounds: int) -> list[str]:
         asked = repeated(rounds)
-        return count(asked, [render(scene, width, height) for scene in asked])
+        return verdicts(asked, [render(scene, width, height) for scene in asked])
 
     return Judged(prompts(scenes), read, ceiling)
 

@@ -1,22 +1,26 @@
-"""The acceleration tiers of a full-size model beside stock diffusers, on random weights that are drawn on the card.
+"""The acceleration tiers of a full-size model beside other people's pipelines, on random weights that are drawn on the card.
 
     python -m benchmarks.tiers                                   # dev at 1024×1024, 28 steps; takes up to 130 GB of device memory
-    python -m benchmarks.tiers --model klein-9b
+    python -m benchmarks.tiers --model klein-9b --only high --only "torchao fp8"
     python -m benchmarks.tiers --model tiny --size 512x512 --device cpu    # the same code where there is no card
 
 What is timed is denoising: from noise and a prompt's embedding to a picture's latents, with the weights on the device. All share
-one set of weights, quantized where a tier's plan says so, and take turns. A step cache follows its recorded mask, since what
-random weights draw says nothing about what may be skipped; for the same reason the error of the latents, against diffusers', says
-only whether both compute the same where nothing is skipped and nothing is quantized.
+one set of 16-bit weights and take turns with diffusers' stock pipeline; those that quantize them do so one after another, each
+with the stock pipeline beside it, and let go of theirs. The others' pipelines are made as `flux2-local bench` makes them. Tiers
+run as the plan says; "mask" beside a tier replays the steps that the bundled model's step cache skipped in it
+(``benchmarks/masks.py``), since what random weights draw says nothing about what may be skipped; a pipeline that decides by its own
+activations, as cache-dit does, is at their mercy. For the same reason the error of the latents, against diffusers', says only
+whether both compute the same where nothing is skipped and nothing is quantized.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,10 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor
 
 from flux2_local import costs, load, rates, weights
-from flux2_local.bench import environment
+from flux2_local.bench import environment, peers
+from flux2_local.bench.contenders import BASE, CONTENDERS, blocks_skipped
+from flux2_local.bench.subject import Subject
+from flux2_local.cache import Course, watched
 from flux2_local.cli.options import parse_size
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, Flux2Error
@@ -39,6 +46,7 @@ from flux2_local.model.blocks import SCHEDULE
 from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
+from flux2_local.plan import Plan
 from flux2_local.presets import show_bytes
 from flux2_local.quant.convert import convert
 from flux2_local.quant.recipe import Recipe
@@ -49,7 +57,9 @@ from flux2_local.settings import choose, make_settings
 from flux2_local.stages import synchronize
 from flux2_local.store import Checkpoint, find
 
-from . import synthetic
+from . import masks, synthetic
+from .verdicts import Verdict, tally
+from .verdicts import told as told_verdicts
 
 GUIDANCE = 4.0
 Told = Callable[[], Any]
@@ -64,18 +74,57 @@ class Contender:
     Attributes:
         name, dtype: which, and of what type its activations are.
         run: denoises.
+        tell: how many times its last picture left out a double and a single block; ``skipped`` is what it told.
         choices: of our plans, what was decided.
         first, samples: seconds of the first picture, which compiles and warms up, and of the others.
+        beside: the stock pipeline's seconds in the same rounds as ``samples``.
         latents: of the last picture.
     """
 
     name: str
     dtype: str
     run: Run
+    tell: Callable[[], tuple[int, int]]
+    skipped: tuple[int, int] = (0, 0)
     choices: dict[str, str] = field(default_factory=dict)
     first: float = 0.0
     samples: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
     latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One of ours.
+
+    Attributes:
+        acceleration: the tier.
+        quantize: a format by name, or "auto".
+        mask: whether the recorded step cache of the tier is replayed.
+    """
+
+    acceleration: Acceleration
+    quantize: str = "auto"
+    mask: bool = False
+
+
+OURS = {
+    **{name: Tier(name) for name in ACCELERATIONS},
+    "high, int8": Tier("high", "builtin-int8"),
+    "high, fp8": Tier("high", "builtin-fp8"),
+    "regular, mask": Tier("regular", mask=True),
+    "high, mask": Tier("high", mask=True),
+    "high, int8, mask": Tier("high", "builtin-int8", mask=True),
+    "high, fp8, mask": Tier("high", "builtin-fp8", mask=True),
+}
+QUANTIZED = ("torchao int8", "torchao fp8")
+PEERS = ("diffusers, compiled", "cache-dit", "cache-dit, compiled", *QUANTIZED)
+"""Of ``flux2-local bench``'s contenders those that keep all weights on the device (offload is in :mod:`.budgets`)."""
+
+AIMS = {"none": 1.4, "regular, mask": 2.2, "high, mask": 4.5}
+BUSY = 0.75
+"""Aims for dev at 1024×1024 and 28 steps on an H200: times diffusers' speed, and the share of the measured product rate that a 16-bit
+step with nothing skipped reaches."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +157,24 @@ class Bench:
         side = load.architecture(self.checkpoint).multiple
         return self.work.height // side, self.work.width // side
 
-    def stock(self, place: Callable[[Any, torch.device], None] | None = None) -> Contender:
-        """diffusers' pipeline as it comes, or with its transformer placed by ``place``."""
+    @property
+    def subject(self) -> Subject:
+        """What the contenders of `flux2-local bench` are told."""
+        work = self.work
+        return Subject(str(self.checkpoint.folder), self.hardware.device, work.width, work.height, work.steps)
+
+    def stock(self, change: peers.Change = peers.plain, name: str = BASE) -> Contender:
+        """diffusers' pipeline without its text encoder, made faster or smaller, and placed, by ``change``."""
         folder, preset = self.checkpoint.folder, self.checkpoint.preset
         with torch.device("meta"):
             transformer = Flux2Transformer2DModel.from_config(self.checkpoint.config("transformer"))
         transformer.load_state_dict(self.state, assign=True)
-        if place is not None:
-            place(transformer, self.device)
-        vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", torch_dtype=DTYPES[self.dtype]).to(self.device)
+        vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", torch_dtype=DTYPES[self.dtype])
         parts = {"text_encoder": None, "tokenizer": None, "transformer": transformer.eval(), "vae": vae}
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         pipe = getattr(diffusers, preset.pipeline)(scheduler=scheduler, **parts)
         pipe.set_progress_bar_config(disable=True)
+        change(pipe, self.subject)
         arch = load.architecture(self.checkpoint)
         text = synthetic.prompt_embedding(arch.transformer, arch.text_tokens, DTYPES[self.dtype], self.device)
         start = noise(0, arch.transformer.in_channels, *self.grid).to(self.device, DTYPES[self.dtype])
@@ -143,12 +197,40 @@ class Bench:
             ).images
             return found
 
-        return Contender("diffusers", self.dtype, run)
+        return Contender(name, self.dtype, run, lambda: peers.blocks_skipped(transformer))
 
-    def tier(self, name: Acceleration) -> Contender:
-        """Ours, as this machine's plan says; the weights stay on the device whatever it says of their place."""
-        settings = make_settings("standard", name, dtype=self.dtype)
-        _, plan = choose(self.checkpoint.folder, settings, self.hardware, self.work)
+    def peer(self, name: str) -> Contender:
+        """One of :data:`PEERS`.
+
+        Raises:
+            BackendUnavailableError: it cannot run here.
+        """
+        known = CONTENDERS[name]
+        if (obstacle := known.obstacle(self.subject)) is not None:
+            raise BackendUnavailableError(obstacle)
+        assert known.change is not None
+        return self.stock(known.change, name)
+
+    def plan(self, tier: Tier) -> Plan:
+        """What this machine's plan says."""
+        settings = make_settings("standard", tier.acceleration, dtype=self.dtype, quantize=tier.quantize)
+        return choose(self.checkpoint.folder, settings, self.hardware, self.work)[1]
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a contender makes weights of its own."""
+        return self.plan(OURS[name]).transformer.format not in DTYPES if name in OURS else name in QUANTIZED
+
+    def tier(self, name: str) -> Contender:
+        """One of :data:`OURS`; the weights stay on the device whatever the plan says of their place.
+
+        Raises:
+            PlanError: this machine has no way to run it.
+            RequestError: no step cache was recorded for so many steps.
+        """
+        tier = OURS[name]
+        plan, cache = self.plan(tier), None
+        if tier.mask:
+            cache = masks.read(tier.acceleration, self.work.steps)
         arch, device, preset = load.architecture(self.checkpoint), self.device, self.checkpoint.preset
         with meta():
             net = Flux2Transformer(arch.transformer, load.operations(plan, arch.transformer, device))
@@ -164,6 +246,7 @@ class Bench:
         text = synthetic.prompt_embedding(arch.transformer, arch.text_tokens, DTYPES[plan.dtype], device)
         start = pack(noise(0, arch.transformer.in_channels, *self.grid)).to(device, DTYPES[plan.dtype])
         schedule = make_schedule(preset.recipe("standard"), self.work.steps, start.shape[1])
+        seen: list[Course] = []
         positions = torch.cat([text_positions(text.shape[1]), image_positions(*self.grid)]).to(device)
 
         def run(told: Told) -> Tensor:
@@ -179,9 +262,16 @@ class Bench:
                 references=None,
                 rotary=net.rotary(positions),
             )
-            return denoise(net, start, schedule, conditions, after, plan.cache)
+            with watched() as courses:
+                latents = denoise(net, start, schedule, conditions, after, cache or plan.cache)
+            seen[:] = courses
+            return latents
 
-        return Contender(name, plan.dtype, run, {choice.what: choice.value for choice in plan.choices})
+        blocks = arch.transformer.num_layers, arch.transformer.num_single_layers
+        choices = {choice.what: choice.value for choice in plan.choices}
+        if cache is not None:
+            choices["step cache"] = f"recorded: {len(cache.skips)} of {cache.steps} steps skipped"
+        return Contender(name, plan.dtype, run, lambda: blocks_skipped(seen, blocks), choices=choices)
 
 
 def prepare(folder: Path, hardware: Hardware, width: int, height: int, steps: int, home: torch.device) -> Bench:
@@ -193,7 +283,7 @@ def prepare(folder: Path, hardware: Hardware, width: int, height: int, steps: in
 
 
 def check_memory(folder: Path, hardware: Hardware) -> None:
-    """Make sure that all tiers fit at once.
+    """Make sure that the weights and a quantized copy fit at once.
 
     Raises:
         BackendUnavailableError: they do not.
@@ -202,36 +292,114 @@ def check_memory(folder: Path, hardware: Hardware) -> None:
     need = 2 * costs.parameters(arch)["transformer"] * DTYPES[dtype].itemsize
     if need > hardware.free:
         raise BackendUnavailableError(
-            f"{folder.name}'s transformer and its copies of 8 bits take {show_bytes(need)}, and {show_bytes(hardware.free)} are free "
-            f"on {hardware.device}. Name a smaller model with --model."
+            f"{folder.name}'s transformer, a copy of 8 bits and what making it takes are {show_bytes(need)}, and "
+            f"{show_bytes(hardware.free)} are free on {hardware.device}. Name a smaller model with --model."
         )
 
 
-def measure(contenders: list[Contender], device: torch.device, rounds: int) -> None:
-    """A first picture each, then ``rounds`` in turn."""
+@dataclass
+class Outcome:
+    """Who ran, the stock pipeline first, and why others did not."""
+
+    contenders: list[Contender] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def built(self, bench: Bench, names: Sequence[str]) -> Iterator[Contender]:
+        """Those of ``names`` that can be built."""
+        for name in names:
+            try:
+                yield bench.tier(name) if name in OURS else bench.peer(name)
+            except Exception as error:  # whatever a contender fails with is its result
+                self.refuse(name, error)
+
+    def refuse(self, name: str, error: Exception) -> None:
+        self.refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        print(f"{name}: {self.refused[name]}", flush=True)
+
+
+def measure(bench: Bench, names: Sequence[str], rounds: int) -> Outcome:
+    """The stock pipeline and those of ``names`` in turn, then each that quantizes beside the stock pipeline."""
+    stock = bench.stock()
+    outcome = Outcome([stock])
+    apart = [name for name in names if plans_to_quantize(bench, name, outcome)]
+    shared = [name for name in names if name not in (*apart, *outcome.refused)]
+    for group in (shared, *([name] for name in apart)):
+        others = list(outcome.built(bench, group))
+        take_turns([stock, *others], bench.device, rounds, outcome)
+        outcome.contenders += [one for one in others if one.samples]
+        for one in others:
+            one.run = one.tell = nothing  # and with them its weights
+        del others
+        torch._dynamo.reset()  # the next ones compile the same code of other modules
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return outcome
+
+
+def nothing(*_: Any) -> Any:
+    raise RuntimeError("it has been let go")
+
+
+def plans_to_quantize(bench: Bench, name: str, outcome: Outcome) -> bool:
+    try:
+        return bench.quantizes(name)
+    except Flux2Error as error:
+        outcome.refuse(name, error)
+        return False
+
+
+def take_turns(contenders: list[Contender], device: torch.device, rounds: int, outcome: Outcome) -> None:
+    """A first picture each unless it was drawn before, then ``rounds`` in turn with the first of them, the stock pipeline; one that
+    fails is not asked again."""
+    able, began = list(contenders), len(contenders[0].samples)
     for number in range(rounds + 1):
-        for contender in contenders:
-            synchronize(device)
-            start = time.perf_counter()
-            contender.latents = contender.run(lambda: None)
-            synchronize(device)
-            seconds = time.perf_counter() - start
+        for contender in list(able):
+            if number == 0 and contender.first:
+                continue
+            try:
+                seconds = timed(contender, device)
+            except Exception as error:  # such as what torch.compile or a package raises
+                if contender is contenders[0]:
+                    raise
+                outcome.refuse(contender.name, error)
+                contender.samples.clear()
+                able.remove(contender)
+                continue
             if number == 0:
                 contender.first = seconds
             else:
                 contender.samples.append(seconds)
             print(f"{contender.name}: {seconds:.3f} s{'' if number else ', the first one'}", flush=True)
+    for contender in able:
+        contender.beside = contenders[0].samples[began:] if contender is not contenders[0] else contender.samples
+
+
+def timed(contender: Contender, device: torch.device) -> float:
+    """Seconds of one picture, which it keeps the latents of."""
+    synchronize(device)
+    start = time.perf_counter()
+    contender.latents = contender.run(lambda: None)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    contender.skipped = contender.tell()
+    return seconds
 
 
 def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float]) -> list[dict[str, Any]]:
-    """A record each: ratios are medians over the rounds, FLOPs those of a step with nothing skipped."""
-    arch, stock = load.architecture(bench.checkpoint), contenders[0]
-    flops = bench.work.steps * costs.step_flops(replace(arch, passes=1), bench.work)
+    """A record each: ratios are medians over the rounds; ``tflop_per_s`` is of all steps' arithmetic, and the shares of the product
+    and the copy rate are of what was computed. Formats other than the activations' are held to the rate of these."""
+    arch, stock = replace(load.architecture(bench.checkpoint), passes=1), contenders[0]
+    tokens = arch.tokens(bench.work.width, bench.work.height) + arch.text_tokens
+    step, blocks = costs.step_flops(arch, bench.work), costs.one_block_flops(arch, tokens, tokens)
     rows = []
     for contender in contenders:
         assert contender.latents is not None and stock.latents is not None
-        seconds = statistics.median(contender.samples)
-        ratios = [a / b for a, b in zip(stock.samples, contender.samples, strict=True)]
+        seconds, skipped = statistics.median(contender.samples), contender.skipped
+        ratios = [a / b for a, b in zip(contender.beside, contender.samples, strict=True)]
+        flops = bench.work.steps * step
+        computed = flops - sum(count * one for count, one in zip(skipped, blocks, strict=True))
+        moved = bench.work.steps * computed / flops * costs.step_bytes(arch, bench.work, contender.dtype)
         rows.append(
             {
                 "name": contender.name,
@@ -240,7 +408,9 @@ def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float
                 "ratio": statistics.median(ratios),
                 "step_seconds": seconds / bench.work.steps,
                 "tflop_per_s": flops / seconds / 1e12,
-                "share": flops / seconds / measured[contender.dtype],
+                "share": computed / seconds / measured[contender.dtype],
+                "copy_share": moved / seconds / measured["copy"],
+                "skipped": skipped,
                 "error": synthetic.relative_error(contender.latents, stock.latents),
                 "first_seconds": contender.first,
                 "samples": contender.samples,
@@ -250,10 +420,21 @@ def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float
     return rows
 
 
+def aims(rows: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
+    """Whether :data:`AIMS` were reached."""
+    found = {row["name"]: row for row in rows}
+    for name, ratio in AIMS.items():
+        yield name, f"{ratio} times diffusers", found[name]["ratio"] >= ratio if name in found else None
+    for name in ("none", "regular"):
+        yield name, f"{BUSY:.0%} of the product rate", found[name]["share"] >= BUSY if name in found else None
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | seconds | × diffusers | TFLOP/s | of the product rate | error |", "|---|---|---|---|---|---|"]
+    head = ("", "seconds", "× diffusers", "TFLOP/s", "of products", "of copies", "error")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [
-        f"| {r['name']} | {r['seconds']:.3f} | {r['ratio']:.2f} | {r['tflop_per_s']:.1f} | {r['share']:.0%} | {r['error']:.2g} |"
+        f"| {r['name']} | {r['seconds']:.3f} | {r['ratio']:.2f} | {r['tflop_per_s']:.3g} | {r['share']:.0%} "
+        f"| {r['copy_share']:.0%} | {r['error']:.2g} |"
         for r in rows
     ]
     return "\n".join(lines)
@@ -280,21 +461,29 @@ def pixels(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = options("tiers", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="pictures each, the first left out (default 3)")
+    names = (*OURS, *PEERS)
+    parser.add_argument(
+        "--only", action="append", choices=names, metavar="NAME", help="may be given again: " + "; ".join(names)
+    )
     args = parser.parse_args()
     hardware, (width, height) = probe(args.device), args.size
     with tempfile.TemporaryDirectory() as scratch:
         folder = synthetic.folder(args.model, Path(scratch) / args.model)
         check_memory(folder, hardware)
         bench = prepare(folder, hardware, width, height, args.steps, torch.device(hardware.device))
-        contenders = [bench.stock(), *(bench.tier(name) for name in ACCELERATIONS)]
-        dtypes = {contender.dtype for contender in contenders}
-        measured = rates.measure(hardware.device, dtypes, seconds=0.5)
-        measure(contenders, bench.device, args.rounds)
-        rows = figures(contenders, bench, measured)
+        measured = rates.measure(hardware.device, {"float32", bench.dtype}, seconds=0.5)
+        outcome = measure(bench, args.only or names, args.rounds)
+        rows = figures(outcome.contenders, bench, measured)
     record = environment.record(hardware.device)
     record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rates": measured, "rows": rows}
-    path = environment.keep(record, "tiers", args.out)
-    print(f"{table(rows)}\nwritten: {path}")
+    record |= {"refused": outcome.refused, "not_asked": [n for n in names if args.only and n not in args.only]}
+    print(table(rows))
+    if (args.model, width, height, args.steps, hardware.kind) == ("dev", 1024, 1024, 28, "cuda"):
+        record["aims"] = tally(aims(rows))
+        print(told_verdicts(record["aims"]))
+    if record["not_asked"]:
+        print(f"not asked for: {'; '.join(record['not_asked'])}")
+    print(f"written: {environment.keep(record, 'tiers', args.out)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ alone, and no block is computed in a skipped step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,36 @@ from .presets import CachePolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recorded(CachePolicy):
+    """The decisions of another run, replayed; of the policy that made them only ``threshold`` still counts, which says whether the
+    first block is computed in a skipped step.
+
+    Attributes:
+        skips: numbers of the skipped steps from 0; the first one cannot be among them.
+    """
+
+    skips: tuple[int, ...] = ()
+
+
+Course = tuple[bool, list[int]]
+"""Of one :class:`StepCache`: whether it probes, and the steps that it skipped, which grow while it works."""
+
+_watching: ContextVar[list[Course] | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Course]]:
+    """The courses of the caches that begin inside, in their order: one per picture, with classifier-free guidance the first
+    passes' and then the second ones'."""
+    seen: list[Course] = []
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
 
 
 @dataclass
@@ -47,6 +80,8 @@ class StepCache:
             added: what the first block added to the picture's tokens, [N, D].
         """
         self.step += 1
+        if self.step == 0 and (seen := _watching.get()) is not None:
+            seen.append((self.probes, self.skipped))
         if not self._may_skip(added):
             self._first = added
             return None
@@ -64,6 +99,8 @@ class StepCache:
 
     def _may_skip(self, added: Tensor) -> bool:
         policy, steps = self.policy, len(self.sigmas) - 1
+        if isinstance(policy, Recorded):
+            return self.step in policy.skips
         if self._first is None or not policy.warmup <= self.step < steps - policy.tail:
             return False
         if self.skipped[-policy.limit :] == list(range(self.step - policy.limit, self.step)):

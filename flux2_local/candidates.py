@@ -12,6 +12,7 @@ from .footprint import Setup, Weights
 from .hardware import Hardware
 from .offload.streamed import RING
 from .presets import Tier, show_bytes, tiers
+from .quant.recipe import Recipe
 from .request import Variant
 
 Placement = Literal["resident", "staged", "streamed"]
@@ -33,6 +34,9 @@ TILED = (4 / 3) ** 2
 
 PREVIEW = 16
 """Side in tokens of the pictures that previews are decoded to at most."""
+
+GATHERED = 4
+"""Pictures of different requests in bulk for which the transformer is brought once. They are ready together."""
 
 SHARES = 64
 """Paces of streaming that are tried for one that fits."""
@@ -77,10 +81,12 @@ class Seconds:
 
     Attributes:
         encode: reading the prompt, moving the text encoder's weights included.
-        place: per picture, moving weights before and in the first step, and reading references where that is done once.
+        place: moving the transformer's weights before and in the first step, the autoencoder's, and reading references where that is
+            done once: once for all pictures.
         step: of a denoising step after the first, on the average of those that are computed and those that are skipped.
-        decode: per picture, moving the decoder included.
+        decode: per picture.
         compute: of a step with all weights at hand, likewise.
+        expand: rewriting the prompt, moving weights included; 0 where it is not rewritten.
     """
 
     encode: float
@@ -88,10 +94,11 @@ class Seconds:
     step: float
     decode: float
     compute: float
+    expand: float = 0.0
 
     def total(self, work: Work) -> float:
-        """Of the whole request."""
-        return self.encode + work.images * (self.place + work.steps * self.step + self.decode)
+        """Of the request, by which ways are compared: without the prompt's expansion, for which nothing else is held otherwise."""
+        return self.encode + self.place + work.images * (work.steps * self.step + self.decode)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class Candidate:
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
+        text_stay: where a prompt is expanded, numbers of the text encoder's blocks that stay meanwhile, where it streams.
+        expansion, expansion_stay: likewise, where what expansion needs beside it is meanwhile, and which of its blocks stay.
     """
 
     name: str
@@ -127,6 +136,9 @@ class Candidate:
     disk: int
     problem: str
     reason: str
+    text_stay: tuple[int, ...] = ()
+    expansion: Placement = "resident"
+    expansion_stay: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -201,6 +213,7 @@ class Draft:
             skipping=t.skipping,
             folded=t.folded,
             channels_last=not t.need.tier.exact,
+            gathered=1 if self.layout.transformer == "resident" else GATHERED,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
         )
 
@@ -214,23 +227,30 @@ class Draft:
         return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
+        if component not in self._held:
+            self._held[component] = self._weights(component)
         return self._held[component]
 
     @cached_property
     def _held(self) -> dict[str, Weights]:
-        return {name: self._weights(name) for name in ("transformer", "text_encoder", "vae")}
+        return {}
 
     def _weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
-        if self.form is not None and component != "vae":
+        if self.form is not None and component == "expansion":
+            recipe = Recipe(self.form.name)
+        elif self.form is not None and component != "vae":
             recipe = quant.recipe_for(self.form, need.model, component)
         dtype, schedule = WIDTH[self.terms.dtype], WIDTH[self.terms.schedule]
         held = footprint.weights(need.arch, component, self.terms.dtype, recipe, self.terms.folded)
         return replace(held, schedule=held.schedule // dtype * schedule)
 
     def placement(self, component: str) -> Placement:
+        """Where a network is. What expansion needs beside the text encoder comes for it alone, where there is another place."""
+        alone = self.layout.name == "resident" and self.terms.hardware.kind != "cuda"
         return {
+            "expansion": "resident" if alone else "streamed",
             "transformer": self.layout.transformer,
             "text_encoder": self.layout.text_encoder,
             "vae": self.layout.vae,
@@ -266,11 +286,25 @@ class Draft:
         """Bytes of reading the next request's prompt meanwhile, as is done where the text encoder stays."""
         return footprint.encoding(self.setup) if self.layout.text_encoder == "resident" else 0
 
-    def encoding(self) -> int:
+    def encoder(self, stay: tuple[int, ...]) -> int:
+        """Bytes of the text encoder while it is used, beyond what never leaves."""
+        streams = self.layout.text_encoder == "streamed"
+        return self.weights("text_encoder").streaming(stay) if streams else self.visiting("text_encoder")
+
+    def encoding(self, stay: tuple[int, ...] = ()) -> int:
         """Bytes of device memory while the prompt is read."""
-        held = self.weights("text_encoder")
-        there = held.streaming(()) if self.layout.text_encoder == "streamed" else self.visiting("text_encoder")
-        return self.kept + there + footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
+        return self.kept + self.encoder(stay) + alive
+
+    def expanding(self, text_stay: tuple[int, ...], stay: tuple[int, ...]) -> int:
+        """Bytes of device memory while the prompt is expanded, other pictures' prompts being there already."""
+        chat = self.terms.need.work.chat
+        if not chat:
+            return 0
+        held = self.weights("expansion")
+        there = held.total if self.placement("expansion") == "resident" else held.streaming(stay)
+        alive = footprint.texts(self.setup, self.terms.need.work) + footprint.expanding(self.setup, chat)
+        return self.kept + self.encoder(text_stay) + there + alive + self.beside()
 
     def pixels(self, tile: int) -> int:
         """Bytes of device memory while pictures are decoded or references encoded, the larger."""
@@ -290,10 +324,31 @@ class Draft:
                 return stay
         return ()
 
-    def host(self) -> tuple[tuple[str, ...], int]:
-        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then."""
-        held = {n: self.weights(n) for n in ("text_encoder", "transformer", "vae") if self.placement(n) != "resident"}
-        mapped: list[str] = []
+    def expansion_stay(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most blocks of the text encoder, and of what expansion needs beside it, that may stay while a prompt is expanded."""
+        if not self.terms.need.work.chat or self.placement("expansion") == "resident":
+            return (), ()
+        own = self.weights("text_encoder").blocks if self.layout.text_encoder == "streamed" else ()
+        sizes = (*own, *self.weights("expansion").blocks)
+        for share in range(SHARES):
+            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
+            text = tuple(n for n in stay if n < len(own))
+            others = tuple(n - len(own) for n in stay if n >= len(own))
+            if max(self.expanding(text, others), self.encoding(text)) <= self.terms.limit:
+                return text, others
+        return (), ()
+
+    def host(self, all_stay: bool = False) -> tuple[tuple[str, ...], int]:
+        """The networks that host memory cannot hold, the text encoder first, and the bytes that it holds then.
+
+        Args:
+            all_stay: whether what expansion needs is brought once, for which it need not be in host memory.
+        """
+        names = ("expansion", "text_encoder", "transformer", "vae")
+        held = {n: self.weights(n) for n in names if self.placement(n) != "resident"}
+        if not self.terms.need.work.chat:
+            held.pop("expansion", None)
+        mapped = ["expansion"] if all_stay and "expansion" in held else []
         while True:
             total = sum(w.total for n, w in held.items() if n not in mapped)
             total += sum(2 * max(w.blocks) + w.hosted for n, w in held.items() if n in mapped and w.blocks)
@@ -309,7 +364,7 @@ class Draft:
         return min(link, hardware.disk_rate) if component in mapped else link
 
     def seconds(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> Seconds:
-        """Predicted seconds."""
+        """Predicted seconds, expansion left out."""
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
         flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
@@ -319,15 +374,15 @@ class Draft:
         others = arch.reference_tokens(work) if arch.references_once else 0
         reading = costs.reference_flops(arch, work) / flops + self.beyond("transformer", others)
         decode = costs.decode_flops(arch, work.width, work.height) / flops * (TILED if tile else 1)
-        decode += self.visiting("vae") / self.rate("vae", mapped)
-        place, step, rate = reading, compute, self.rate("transformer", mapped)
+        place = reading + self.visiting("vae") / self.rate("vae", mapped)
+        step, rate = compute, self.rate("transformer", mapped)
         if self.layout.transformer == "staged":
             place += self.weights("transformer").total / rate
         elif self.layout.transformer == "streamed":
             held, passes = self.weights("transformer"), 1 if self.together else arch.passes
             first, later = costs.stream_seconds(compute / passes, held.blocks, stay, rate, RING)
             step = passes * later
-            place = first - later + (held.rest + held.schedule) / (rate * PAGEABLE)
+            place += first - later - reading + (held.rest + held.schedule) / (rate * PAGEABLE)
             place += costs.stream_seconds(reading, held.blocks, stay, rate, RING)[1] if reading else 0.0
         rate = self.rate("text_encoder", mapped)
         if self.layout.text_encoder == "staged":
@@ -336,6 +391,24 @@ class Draft:
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
         left = 1 - self.terms.spared
         return Seconds(encode, place, left * step, decode, left * compute)
+
+    def expand_seconds(self, text_stay: tuple[int, ...], stay: tuple[int, ...], mapped: tuple[str, ...]) -> float:
+        """Predicted seconds of expanding the prompt, roughly: reading the files, the chat, and an answer of usual length, for each of
+        whose tokens all weights are read and those that stay nowhere are copied."""
+        need, hardware = self.terms.need, self.terms.hardware
+        if not need.work.chat:
+            return 0.0
+        own, others = self.weights("text_encoder"), self.weights("expansion")
+        arrive, moving = others.total / hardware.disk_rate, 0.0
+        if self.layout.text_encoder != "resident":
+            arrive += own.total / self.rate("text_encoder", mapped)
+        if self.layout.text_encoder == "streamed":
+            moving += own.moving(text_stay) / self.rate("text_encoder", mapped)
+        if self.placement("expansion") == "streamed":
+            moving += others.moving(stay) / self.rate("expansion", mapped)
+        token = max(moving, (own.total + others.total) / hardware.memory_rate)
+        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        return arrive + costs.expand_flops(need.arch, need.work.chat) / flops + costs.ANSWER * token
 
     def beyond(self, component: str, tokens: int) -> float:
         """Seconds that ``tokens`` take in a network beyond those of the compute type, where the format's products have a rate."""
@@ -349,7 +422,8 @@ class Draft:
         files = costs.checkpoint_parameters(self.terms.need.arch) * WIDTH["bfloat16"]
         if self.form is None or self.form.not_kept:
             return files
-        return files + sum(self.weights(name).total for name in ("transformer", "text_encoder"))
+        names = ["transformer", "text_encoder"] + ["expansion"] * bool(self.terms.need.work.chat)
+        return files + sum(self.weights(name).total for name in names)
 
     def problem(self, peak: int, host: int) -> str:
         """Why it does not fit, or ""."""
@@ -362,12 +436,14 @@ class Draft:
 
     def candidate(self) -> Candidate:
         """With whole pictures decoded where they fit, as many blocks staying as fit, and as much in host memory as fits."""
-        stay, (mapped, host) = self.stay(), self.host()
-        others = max(self.denoising(stay), self.encoding())
+        stay, (text_stay, expansion_stay) = self.stay(), self.expansion_stay()
+        mapped, host = self.host(len(expansion_stay) == len(self.weights("expansion").blocks))
+        others = max(self.denoising(stay), self.encoding(text_stay), self.expanding(text_stay, expansion_stay))
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
-        peak, seconds = max(others, self.pixels(tile)), self.seconds(stay, mapped, tile)
+        peak, expand = max(others, self.pixels(tile)), self.expand_seconds(text_stay, expansion_stay, mapped)
+        seconds, plain = (replace(draft.seconds(stay, mapped, tile), expand=expand) for draft in (self, self.unpacked))
         return Candidate(
             name=self._name(stay, mapped, tile),
             form=self.form,
@@ -377,19 +453,23 @@ class Draft:
             tile=tile,
             together=self.together,
             seconds=seconds,
-            plain=seconds if self.unpacked is self else self.unpacked.seconds(stay, mapped, tile),
+            plain=plain,
             peak=peak,
             host=host,
             disk=self.disk(),
             problem=self.problem(peak, host),
             reason=self._reason(stay, mapped),
+            text_stay=text_stay,
+            expansion=self.placement("expansion"),
+            expansion_stay=expansion_stay,
         )
 
     def _name(self, stay: tuple[int, ...], mapped: tuple[str, ...], tile: int) -> str:
         weights = "" if self.form is None else f"{self.form.name} weights, "
         count = len(self.weights("transformer").blocks)
         blocks = f", {len(stay)} of {count} blocks stay" if self.layout.transformer == "streamed" else ""
-        files = f", {' and '.join(n.replace('_', ' ') for n in mapped)} from disk" if mapped else ""
+        named = [n.replace("_", " ") for n in mapped if n != "expansion"]
+        files = f", {' and '.join(named)} from disk" if named else ""
         guided = f", {GUIDED[self.together]}" if len(ways(self.terms.need)) > 1 else ""
         decoded = f"decoded in {tile}-pixel tiles" if tile else "decoded whole"
         return f"{weights}{self.layout.name}{blocks}{files}{guided}, {decoded}"

@@ -235,6 +235,22 @@ def upsampling_choice(tier: Tier, hardware: Hardware, dtype: str) -> Choice:
     )
 
 
+def expansion_choice(terms: Terms, winner: Candidate) -> list[Choice]:
+    """How the language model is held that expands the prompt; nothing where it does not."""
+    if not terms.need.work.chat:
+        return []
+    arch = terms.need.arch
+    layers = max(arch.text_layers), arch.language.num_hidden_layers - max(arch.text_layers)
+    why = f"the text encoder's own {layers[0]} layers, then {layers[1]} more and the head, which are read for it and leave after it"
+    if winner.expansion == "resident":
+        return [Choice("expansion", "resident", why)]
+    own = layers[0] if winner.layout.text_encoder != "streamed" else len(winner.text_stay)
+    staying = own + len(winner.expansion_stay)
+    return [
+        Choice("expansion", f"{staying} of {sum(layers)} layers stay", f"{why}; {winner.seconds.expand:.0f} s, roughly")
+    ]
+
+
 def choose_freed(hardware: Hardware) -> Choice:
     """Whether host memory that is freed stays with the process."""
     if against := heap.reason_against(hardware):
@@ -310,10 +326,15 @@ def choose_batch(terms: Terms, winner: Candidate) -> tuple[Choice, int, int]:
     for count in range(batch, 1, -1):
         larger = replace(terms, need=replace(need, work=replace(work, batch=count)))
         several = Draft(larger, winner.form, winner.layout, winner.together).candidate()
-        if not several.problem and (several.stay, several.tile) == (winner.stay, winner.tile):
+        if not several.problem and held(several) == held(winner):
             why = f"one picture has {tokens} tokens and the device takes {full}"
             return Choice("batch", str(count), why), count, several.peak
     return Choice("batch", "1", "there is no memory for more"), 1, winner.peak
+
+
+def held(candidate: Candidate) -> tuple[object, ...]:
+    """What may not differ between one picture and several."""
+    return candidate.stay, candidate.tile, candidate.text_stay, candidate.expansion_stay
 
 
 def figures_choice(hardware: Hardware) -> Choice:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .model.autoencoder import Autoencoder, AutoencoderConfig
-from .model.blocks import block_linears
-from .model.language import LanguageConfig, LanguageModel
+from .model.blocks import block_linears, repeated
+from .model.language import LanguageConfig, LanguageModel, Remainder
 from .model.meta import meta
 from .model.transformer import Flux2Transformer, TransformerConfig
 
@@ -41,6 +41,13 @@ what the kernels read and write: 16 bit and 8, and sums are scaled in registers.
 CONVERTED = 215
 """Bytes moved, likewise, to make a weight int8 and keep it on a CPU: klein-4B took 63 s more to load than in 16 bit on two cores of
 25 GB/s (``benchmarks/results/klein-4b-cpu-2026-11-24.json``)."""
+
+CHAT, CHAT_STEP = 384, 64
+"""Tokens of a chat that asks for a prompt's expansion, where there is no tokenizer to count them: an estimate. Counts are rounded
+up to whole steps, so that few different ones are planned for."""
+
+ANSWER, ANSWER_AT_MOST = 160, 512
+"""Tokens of an expanded prompt: an estimate for predictions, and where it is cut."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Work:
         images: pictures, made one after another but for ``batch`` of them at once.
         batch: pictures denoised together.
         references: width and height in pixels of each reference picture, as the autoencoder gets it.
+        chat: tokens that the language model reads to expand the prompt, rounded up to :data:`CHAT_STEP`; 0 where it does not.
     """
 
     width: int = 1024
@@ -95,6 +103,7 @@ class Work:
     images: int = 1
     batch: int = 1
     references: tuple[tuple[int, int], ...] = ()
+    chat: int = 0
 
 
 def count(module: nn.Module) -> int:
@@ -103,12 +112,15 @@ def count(module: nn.Module) -> int:
 
 @cache
 def network(arch: Architecture, component: str) -> nn.Module:
-    """A network as it is loaded, on the meta device (the text encoder cut to the layers that are read); not to be changed."""
+    """A network as it is loaded, on the meta device (the text encoder cut to the layers that are read, "expansion" what is cut
+    off); not to be changed."""
     with meta():
         if component == "transformer":
             return Flux2Transformer(arch.transformer)
         if component == "text_encoder":
             return LanguageModel(arch.language, arch.text_layers)
+        if component == "expansion":
+            return Remainder(arch.language, max(arch.text_layers))
         return Autoencoder(arch.autoencoder)
 
 
@@ -153,11 +165,23 @@ def reference_flops(arch: Architecture, work: Work) -> float:
 
 def block_flops(arch: Architecture, tokens: int, keys: int) -> float:
     """FLOPs of the transformer's blocks for one sequence of ``tokens`` that attend to ``keys``."""
-    t, layers = arch.transformer, layer_parameters(arch)
-    double = t.num_layers * layers["double"] / 2 * tokens
-    single = t.num_single_layers * layers["single"] * tokens
-    attention = 2 * tokens * keys * t.width * (t.num_layers + t.num_single_layers)
-    return 2.0 * (double + single + attention)
+    double, single = one_block_flops(arch, tokens, keys)
+    return arch.transformer.num_layers * double + arch.transformer.num_single_layers * single
+
+
+def one_block_flops(arch: Architecture, tokens: int, keys: int) -> tuple[float, float]:
+    """FLOPs of a double and of a single block for one sequence of ``tokens`` that attend to ``keys``."""
+    layers, attention = layer_parameters(arch), 2 * tokens * keys * arch.transformer.width
+    return 2.0 * (layers["double"] / 2 * tokens + attention), 2.0 * (layers["single"] * tokens + attention)
+
+
+def step_bytes(arch: Architecture, work: Work, dtype: str) -> float:
+    """Bytes that the blocks' linear layers cannot but move in one step for one picture: their weights, and what goes into each and
+    comes out, once; all in ``dtype``."""
+    t, layers, per_token = arch.transformer, layer_parameters(arch), linears(arch, "transformer")
+    tokens = arch.step_tokens(work) + arch.text_tokens
+    weights = t.num_layers * layers["double"] + t.num_single_layers * layers["single"]
+    return WIDTH[dtype] * (weights + tokens * (per_token.inputs + per_token.outputs)) * arch.passes
 
 
 def encode_flops(arch: Architecture) -> float:
@@ -166,6 +190,15 @@ def encode_flops(arch: Architecture) -> float:
     layers = parameters(arch)["text_encoder"] - c.vocab_size * c.hidden_size
     attention = 2 * text**2 * c.num_attention_heads * c.head_dim * max(arch.text_layers)
     return 2.0 * (layers * text + attention) * arch.passes
+
+
+def expand_flops(arch: Architecture, chat: int) -> float:
+    """FLOPs of reading a chat of so many tokens; the answer waits for weights, not for arithmetic."""
+    return (
+        2.0
+        * chat
+        * sum(count(block) for part in ("text_encoder", "expansion") for block in repeated(network(arch, part)))
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import attention, load, rates, safety, store
 from .candidates import Need
-from .costs import Architecture, Work
+from .costs import CHAT, Architecture, Work
 from .errors import BudgetError, Flux2Error, PlanError, WeightsMissingError
 from .hardware import Hardware, cpu_flags, package, probe
 from .model.autoencoder import AutoencoderConfig
@@ -71,9 +71,9 @@ def plan_for(
             raise
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
-    need = Need(
-        name, settings.variant, tiers()[settings.acceleration], arch, Work(width, height, steps, request.num_images)
-    )
+    chat = CHAT if request.enable_prompt_expansion else 0
+    work = Work(width, height, steps, request.num_images, chat=chat)
+    need = Need(name, settings.variant, tiers()[settings.acceleration], arch, work)
     return settings.plan(need, hardware)
 
 

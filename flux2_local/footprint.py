@@ -22,7 +22,7 @@ from .counting import Peak, Workspaces, remembered
 from .hardware import Kind
 from .model.autoencoder import Autoencoder
 from .model.blocks import SCHEDULE, repeated
-from .model.language import Layer
+from .model.language import Layer, Past
 from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops, Rotary
@@ -70,7 +70,7 @@ class Weights:
 def weights(
     arch: Architecture, component: str, dtype: str, recipe: Recipe | None = None, folded: bool = False
 ) -> Weights:
-    """The weights of "transformer", "text_encoder" or "vae" with activations in ``dtype``.
+    """The weights of "transformer", "text_encoder", "expansion" (what that needs beside it) or "vae" with activations in ``dtype``.
 
     Args:
         recipe: which layers are held in which format; None for all in ``dtype``.
@@ -168,6 +168,7 @@ class Setup:
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
         channels_last: whether convolutions run in that layout.
+        gathered: pictures whose latents wait for each other at least.
         threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
         together: whether guidance's two passes run as one of a batch twice as large.
     """
@@ -181,6 +182,7 @@ class Setup:
     skipping: bool = False
     folded: bool = False
     channels_last: bool = True
+    gathered: int = 1
     threads: int = 0
     together: bool = False
 
@@ -203,7 +205,8 @@ def texts(setup: Setup, work: Work) -> int:
 def carried(setup: Setup, work: Work) -> int:
     """Bytes that live from the first stages to the end of decoding: embeddings, references' latents and the pictures'."""
     arch, own = setup.arch, setup.arch.transformer
-    tokens = work.batch * arch.tokens(work.width, work.height) + arch.reference_tokens(work)
+    tokens = max(work.batch, work.images, setup.gathered) * arch.tokens(work.width, work.height)
+    tokens += arch.reference_tokens(work)
     return texts(setup, work) + tokens * own.in_channels * WIDTH[setup.dtype]
 
 
@@ -276,6 +279,26 @@ def encoding(setup: Setup) -> int:
         network.layers[0](x, rotary, mask)  # type: ignore[index]
         del kept, causal
     return peak.peak
+
+
+@remembered
+def expanding(setup: Setup, chat: int) -> int:
+    """Most bytes alive beside the language model's weights while it reads a chat of ``chat`` tokens and answers."""
+    kind, own = DTYPES[setup.dtype], setup.arch.language
+    length = chat + costs.ANSWER_AT_MOST
+    network = nn.Module()
+    with meta():
+        network.layers = nn.ModuleList([Layer(own)]).to(kind)
+        rotary = tuple(torch.empty(chat, own.head_dim, dtype=kind) for _ in range(2))
+    prepare(network, setup)
+    with counted(network, setup) as peak:
+        x = torch.empty(1, chat, own.hidden_size, dtype=kind)
+        network.layers[0](x, rotary, None, Past(own, length, kind, torch.device("meta")))  # type: ignore[index]
+    wide = WIDTH[setup.dtype]
+    others = (own.num_hidden_layers - 1) * 2 * own.num_key_value_heads * length * own.head_dim * wide
+    tables = 2 * length * own.head_dim * wide
+    drawing = own.vocab_size * (wide + 8 * 4)
+    return others + tables + max(peak.peak, drawing)
 
 
 @cache

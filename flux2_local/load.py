@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +25,18 @@ from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.blocks import SCHEDULE
 from .model.compiled import compile_blocks, mark
-from .model.language import LanguageConfig, LanguageModel
+from .model.language import LanguageConfig, LanguageModel, Remainder
 from .model.meta import meta
 from .model.native import NATIVE
 from .model.ops import REFERENCE, Ops
 from .model.transformer import Flux2Transformer, TransformerConfig
-from .offload import Hold, Later, adapt, place
+from .offload import Hold, Later, adapt, place, release
 from .quant import convert, disk
 from .quant.recipe import Recipe
 from .single import read as read_single
 from .text.encode import PromptStyle
 from .text.kept import KeptPrompts
-from .text.memory import remembering
+from .text.memory import forgetting, remembering
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ KEPT_FLOAT32 = ("bn.",)
 
 LAYER = re.compile(r"^(?:language_model\.model|model\.language_model|model)\.(layers\.\d+\..+|embed_tokens\.weight)$")
 """Names of a text encoder's tensors in the layouts that transformers has written over time."""
+
+LAST = re.compile(
+    r"^(?:language_model\.model|model\.language_model|model)\.norm\.weight$|^(?:language_model\.)?lm_head\.weight$"
+)
+"""Likewise, what follows the layers."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,30 @@ def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
 def settle(components: Components, plan: Plan) -> None:
     """Let as many blocks stay on the device as ``plan`` says, which may change from one request to the next."""
     adapt(components.hold_transformer, plan.transformer)
-    adapt(components.hold_text_encoder, plan.text_encoder)
+    adapt(forgetting(components).hold_text_encoder, plan.text_encoder)
+
+
+@contextmanager
+def remainder(plan: Plan, checkpoint: Checkpoint, components: Components) -> Iterator[Remainder]:
+    """What prompt expansion needs of the language model beside the text encoder: read, on the device inside, and given up after.
+
+    Raises:
+        WeightsDamagedError: a file is unreadable or does not fit.
+    """
+    assert plan.expansion is not None, "requests with expansion are planned with it"
+    arch, source = architecture(checkpoint), Source(checkpoint, "expansion")
+    read = max(arch.text_layers)
+    with meta():
+        network = Remainder(arch.language, read)
+    if not any(remainder_name(name, read) == "head.weight" for path in source.files for name in weights.header(path)):
+        network.head = None
+    components.told.append(fill(network, plan.expansion, plan.dtype, source, components.device))
+    hold = place(network.eval(), components.device, plan.expansion)
+    try:
+        with hold():
+            yield network
+    finally:
+        release(hold)
 
 
 @dataclass(frozen=True)
@@ -179,7 +208,7 @@ class Source:
 
     Attributes:
         checkpoint: the model.
-        component: "transformer" or "text_encoder".
+        component: "transformer", "text_encoder", or "expansion" for what the text encoder's files have beside it.
         adapters: LoRAs for it, merged in order.
     """
 
@@ -192,7 +221,12 @@ class Source:
         """The weights' files."""
         if self.component == "transformer" and self.checkpoint.single is not None:
             return [self.checkpoint.single]
-        return weights.weight_files(self.checkpoint.folder / self.component)
+        return weights.weight_files(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Of the component's files."""
+        return self.checkpoint.folder / ("text_encoder" if self.component == "expansion" else self.component)
 
     def tensors(self, network: nn.Module) -> weights.Tensors:
         """The checkpoint's tensors under ``network``'s names, each read when it is asked for.
@@ -204,9 +238,9 @@ class Source:
         if single is not None:
             return weights.fitting(network, read_single(single), str(single))
         rename = language_name if isinstance(network, LanguageModel) else None
-        return weights.fitting(
-            network, weights.read_files(self.files), str(self.checkpoint.folder / self.component), rename
-        )
+        if isinstance(network, Remainder):
+            rename = partial(remainder_name, read=max(self.checkpoint.preset.text_layers))
+        return weights.fitting(network, weights.read_files(self.files), str(self.folder), rename)
 
 
 def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
@@ -258,6 +292,16 @@ def language_name(name: str) -> str | None:
     """Name of a text encoder's tensor in :class:`LanguageModel`, or None for what encoding does not need."""
     match = LAYER.match(name)
     return match.group(1) if match else None
+
+
+def remainder_name(name: str, read: int) -> str | None:
+    """Name of a text encoder's tensor in :class:`Remainder`, which counts layers from ``read`` on, or None."""
+    if LAST.match(name):
+        return "head.weight" if name.endswith("lm_head.weight") else "norm.weight"
+    part = language_name(name) or ""
+    _, _, rest = part.partition("layers.")
+    number, _, place = rest.partition(".")
+    return f"layers.{int(number) - read}.{place}" if number and int(number) >= read else None
 
 
 def prompt_style(checkpoint: Checkpoint) -> PromptStyle:

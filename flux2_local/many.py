@@ -10,11 +10,13 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .candidates import GATHERED
 from .errors import Flux2Error, OutOfMemoryError, PlanError, RequestError
 from .request import Request, derive_seed
 
 if TYPE_CHECKING:
     from .pipeline import Flux2
+    from .plan import Plan
     from .progress import Reporter
     from .result import Result
     from .stages import Run
@@ -25,8 +27,8 @@ OWN = (RequestError, PlanError, OutOfMemoryError)
 """Errors that concern one request; any other ends them all."""
 
 AHEAD_RESIDENT, AHEAD_STAGED = 1, 8
-"""Groups whose prompts are encoded ahead: the next one, or, where the text encoder has to be moved to the device, several. On a
-CPU none, where denoising takes every core."""
+"""Prompts that are encoded ahead: of the next group, or, where the text encoder has to be moved to the device, of several. On a CPU
+none, where denoising takes every core."""
 
 
 def read(
@@ -61,13 +63,19 @@ def request_of(one: Run | Flux2Error) -> Request | None:
 
 
 def batch_of(one: Run | Flux2Error) -> int:
-    return 1 if isinstance(one, Flux2Error) else one.plan.batch
+    return 1 if isinstance(one, Flux2Error) else gathered(one.plan)
+
+
+def gathered(plan: Plan) -> int:
+    """Pictures like ``plan``'s that go through the stages together: as many as are denoised so, or, where the transformer has to be
+    moved to the device, more, which are denoised one after another."""
+    return plan.batch if plan.transformer.placement == "resident" else max(plan.batch, GATHERED)
 
 
 def grouped(
     items: Iterable[T], request_of: Callable[[T], Request | None], batch: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Neighbours that are alike, in groups of as many pictures as are denoised together. Follows from the items alone."""
+    """Neighbours that are alike, in groups of as many pictures as go through the stages together. Follows from the items alone."""
     for _, alike in groupby(items, lambda item: kind(request_of(item))):
         group: list[T] = []
         count = size = 0
@@ -116,7 +124,7 @@ def results(flux: Flux2, groups: Iterable[list[Run | Flux2Error]]) -> Iterator[R
 def ahead(flux: Flux2) -> int:
     """How many groups' prompts are encoded before it is their turn."""
     if flux.plan.text_encoder.placement != "resident":
-        return AHEAD_STAGED
+        return max(1, AHEAD_STAGED // gathered(flux.plan))
     return 0 if flux.hardware.kind == "cpu" else AHEAD_RESIDENT
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import images, load, lora, safety, store
 from .attention import AUTO
 from .candidates import SYSTEM_RESERVE, Need
+from .ceiling import Ceiling
 from .costs import Work
 from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError
 from .hardware import Hardware
@@ -21,13 +22,12 @@ from .progress import CancelCheck, OnProgress, Reporter
 from .request import Acceleration, Request, Variant, make_request
 from .result import Result
 from .settings import LoraSource, Settings, choose, hardware_to_use, make_settings
-from .stages import Run, paint
+from .stages import Run, chat_tokens, paint
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .store import Checkpoint
-    from .text.expand import Expander
 
 LESS = 0.8
 """Share of a plan's peak that the next one may have where the memory ran out."""
@@ -45,11 +45,13 @@ class Flux2:
     def __init__(self, plan: Plan, checkpoint: Checkpoint, hardware: Hardware, settings: Settings) -> None:
         """Load the weights. Use :meth:`load`, which makes the plan."""
         self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
-        self._components = self._build(plan)
+        budget = None if settings.vram is None else settings.vram - SYSTEM_RESERVE[hardware.kind]
+        self._ceiling = Ceiling(hardware, budget)
+        with self._ceiling():
+            self._components = self._build(plan)
         self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
-        self._expander: Expander | None = None
 
     def _build(self, plan: Plan) -> load.Components:
         path = store.require_lora(self.checkpoint, self.settings.variant)
@@ -192,11 +194,13 @@ class Flux2:
         return [replace(result, notes=(*result.notes, note)) for result in results]
 
     def _attempt(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]]) -> list[Result]:
-        with self._turn:
+        with self._turn, self._ceiling():
             runs[0].notes += self._adopt(runs[0].plan)
             with around():
                 for run in runs:
                     run.prepare()
+                    if len(runs) > run.plan.batch:
+                        run.wait(runs[0])
                 paint(runs)
                 return [run.result() for run in runs]
 
@@ -273,7 +277,6 @@ class Flux2:
         before, self.plan = self.plan, plan
         del self._components  # the old weights leave before the new ones come
         self._components = self._build(plan)
-        self._expander = None
         changed = ", ".join(f"{a} instead of {b}" for a, b in zip(forms(plan), forms(before), strict=True) if a != b)
         return [f"The weights were loaded again for this request: {changed}.", *self._components.notes]
 
@@ -281,10 +284,8 @@ class Flux2:
         width, height = request.size
         arch = load.architecture(self.checkpoint)
         steps = self.steps(request)
-        tier = tiers()[acceleration]
-        return Need(
-            self.checkpoint.name, self.settings.variant, tier, arch, Work(width, height, steps, request.num_images)
-        )
+        work = Work(width, height, steps, request.num_images, chat=chat_tokens(self, request))
+        return Need(self.checkpoint.name, self.settings.variant, tiers()[acceleration], arch, work)
 
     def steps(self, request: Request) -> int:
         """Denoising steps of a request: its own number, or the variant's."""

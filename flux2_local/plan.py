@@ -23,6 +23,7 @@ from .choices import (
     choose_freed,
     choose_guidance,
     choose_ops,
+    expansion_choice,
     figures_choice,
     folds,
     formats,
@@ -105,6 +106,8 @@ class Plan:
         dtype: of activations.
         schedule: the type that timesteps, guidance and modulations are computed in.
         transformer, text_encoder, vae: format and placement of the three networks.
+        expansion: likewise, what prompt expansion needs of the language model beside the text encoder, where ``work`` has it; else
+            None.
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
         compile: "off", or "blocks" where torch.compile makes one graph of each kind of block.
@@ -117,8 +120,10 @@ class Plan:
         keep_freed: whether the process keeps host memory that it frees.
         encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first,
             on the average of those that are computed and those that the step cache is expected to skip.
-        place_seconds, decode_seconds: predictions per picture: moving weights before and in the first step, with reading the
-            references where that is done once, and decoding.
+        expand_seconds: prediction for ``work``: rewriting the prompt, roughly.
+        place_seconds: prediction for ``work``: moving weights before and in the first step, and the autoencoder's, with reading the
+            references where that is done once.
+        decode_seconds: prediction per picture.
         peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
         work: the request that predictions are for.
         choices: every decision with its reason.
@@ -134,6 +139,7 @@ class Plan:
     transformer: ComponentPlan
     text_encoder: ComponentPlan
     vae: ComponentPlan
+    expansion: ComponentPlan | None
     attention: str
     ops: str
     compile: str
@@ -144,6 +150,7 @@ class Plan:
     channels_last: bool
     fold_upsampling: bool
     keep_freed: bool
+    expand_seconds: float
     encode_seconds: float
     place_seconds: float
     step_seconds: float
@@ -158,8 +165,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted seconds for ``work``, loading not included."""
-        each = self.place_seconds + self.work.steps * self.step_seconds + self.decode_seconds
-        return self.encode_seconds + self.work.images * each
+        each = self.work.steps * self.step_seconds + self.decode_seconds
+        return self.expand_seconds + self.encode_seconds + self.place_seconds + self.work.images * each
 
     def __str__(self) -> str:
         return explain(self)
@@ -224,6 +231,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         transformer=component_plan(winner, need.model, dtype, "transformer"),
         text_encoder=component_plan(winner, need.model, dtype, "text_encoder"),
         vae=held,
+        expansion=component_plan(winner, need.model, dtype, "expansion") if need.work.chat else None,
         attention=attention_choice.value,
         ops=ops_choice.value,
         compile=compile_choice.value,
@@ -234,6 +242,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         channels_last=not need.tier.exact,
         fold_upsampling=folded,
         keep_freed=freed_choice.value == "kept",
+        expand_seconds=winner.seconds.expand,
         encode_seconds=winner.seconds.encode,
         place_seconds=winner.seconds.place,
         step_seconds=winner.seconds.step,
@@ -247,6 +256,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
             schedule_choice(terms),
             choose_format(need.tier, dtype, wanted, winner, wishes.quantize, gained(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
+            *expansion_choice(terms, winner),
             attention_choice,
             ops_choice,
             compile_choice,
@@ -358,12 +368,17 @@ def built(plan: Plan) -> tuple[Any, ...]:
 
 
 def component_plan(winner: Candidate, model: str, dtype: str, component: str) -> ComponentPlan:
-    """How the winner holds the transformer or the text encoder."""
-    placement = winner.layout.transformer if component == "transformer" else winner.layout.text_encoder
-    stay = winner.stay if component == "transformer" else ()
+    """How the winner holds the transformer, the text encoder, or what expansion needs beside that."""
+    placement, stay = {
+        "transformer": (winner.layout.transformer, winner.stay),
+        "text_encoder": (winner.layout.text_encoder, winner.text_stay),
+        "expansion": (winner.expansion, winner.expansion_stay),
+    }[component]
     mapped = placement == "streamed" and component in winner.mapped
     if winner.form is None:
         return ComponentPlan(dtype, placement, stay=stay, mapped=mapped)
+    if component == "expansion":
+        return ComponentPlan(winner.form.name, placement, stay=stay, mapped=mapped)
     recipe = quant.recipe_for(winner.form, model, component)
     return ComponentPlan(recipe.format, placement, recipe.keep, stay, mapped)
 
@@ -372,11 +387,12 @@ def explain(plan: Plan) -> str:
     """The plan in words: what runs, each choice with its reason, and each candidate that lost."""
     work = plan.work
     count = f"{work.images} × " if work.images > 1 else ""
+    expansion = f"expansion {plan.expand_seconds:.1f}, " if work.chat else ""
     lines = [
         f"{plan.model}, {plan.variant}, acceleration {plan.acceleration}, on {plan.device}",
         f"  predicted for {count}{work.width}×{work.height}, {work.steps} steps: {plan.seconds:.1f} s "
-        f"(prompt {plan.encode_seconds:.2f}, placing {plan.place_seconds:.2f}, steps {work.steps} × {plan.step_seconds:.3f}, "
-        f"decode {plan.decode_seconds:.2f})",
+        f"({expansion}prompt {plan.encode_seconds:.2f}, placing {plan.place_seconds:.2f}, "
+        f"steps {work.steps} × {plan.step_seconds:.3f}, decode {plan.decode_seconds:.2f})",
         f"  at most {show_bytes(plan.peak_bytes)} of device memory, {show_bytes(plan.host_bytes)} of host memory for weights, "
         f"{show_bytes(plan.disk_bytes)} of disk",
     ]

@@ -49,7 +49,15 @@ class Reporter:
         Raises:
             Cancelled: the cancel callback returned True.
         """
-        if self.cancelled is not None and self.cancelled():
-            raise Cancelled("Cancelled by the caller; nothing was written.")
+        self.stop()
         if self.on_progress is not None:
             self.on_progress(report)
+
+    def stop(self) -> None:
+        """Give the caller the chance to stop, where there is nothing to report.
+
+        Raises:
+            Cancelled: as above.
+        """
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled("Cancelled by the caller; nothing was written.")

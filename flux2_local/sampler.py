@@ -19,6 +19,15 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What is computed before the first step and is the same for all pictures of a request: a :class:`Modulation` per step, and the
+    references' keys and values where they are computed once."""
+
+    table: list[Modulation]
+    kept: list[Kept] | None
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What a denoising run is conditioned on.
 
@@ -31,6 +40,7 @@ class Conditions:
         rotary: tables for text, picture and references.
         together: whether guidance's two passes run as one of a batch twice as large.
         once: whether the references' keys and values are computed once, and not their tokens in every step.
+        prepared: what :func:`prepare` gave for others that differ in their prompts and noise alone; None has it made.
     """
 
     text: Tensor
@@ -41,6 +51,7 @@ class Conditions:
     rotary: Rotary
     together: bool = False
     once: bool = False
+    prepared: Prepared | None = None
 
 
 def modulations(
@@ -52,6 +63,16 @@ def modulations(
         timestep = (torch.tensor(sigma, device=device) * 1000).to(transformer.schedule_dtype)
         table.append(transformer.modulation(timestep / 1000, guidance))
     return table
+
+
+@torch.inference_mode()
+def prepare(transformer: Flux2Transformer, schedule: Schedule, conditions: Conditions) -> Prepared:
+    """What :func:`denoise` would compute before its first step."""
+    c = conditions
+    guidance = c.guidance if c.embedded else None
+    table = modulations(transformer, schedule, guidance, c.rotary.cos.device)
+    kept = read_references(transformer, c, guidance) if c.references is not None and c.once else None
+    return Prepared(table, kept)
 
 
 @torch.inference_mode()
@@ -77,11 +98,9 @@ def denoise(
         [B, N, C], the dtype of ``noise``.
     """
     c, device = conditions, noise.device
-    guidance = c.guidance if c.embedded else None
-    table = modulations(transformer, schedule, guidance, device)
-    rotary, references, kept = c.rotary, c.references, None
-    if references is not None and c.once:
-        kept, rotary, references = read_references(transformer, c, guidance), own_rows(c), None
+    prepared = c.prepared or prepare(transformer, schedule, c)
+    table, kept = prepared.table, prepared.kept
+    rotary, references = (c.rotary, c.references) if kept is None else (own_rows(c), None)
     contexts = passes(transformer, c, len(noise))
     references = None if references is None else references.expand(len(noise), -1, -1)
     sigmas = torch.from_numpy(schedule.sigmas).to(device)

@@ -6,13 +6,14 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import images, load
 from .attention import AUTO
 from .candidates import PREVIEW
+from .costs import CHAT_STEP
 from .plan import Plan
 from .progress import Progress, Reporter
 from .request import Request
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .pipeline import Flux2
+    from .sampler import Prepared
+    from .schedule import Schedule
     from .text.tokenizer import Tokens
 
 
@@ -53,6 +56,12 @@ class Run:
         self.text, self.negative = self.encode(self.prompt)
         self.latents = self.encoded(self.references) if self.references else []
 
+    def wait(self, lead: Run) -> None:
+        """Let the prompt's embedding be in host memory until it is its turn; the empty prompt's is ``lead``'s for all."""
+        self.text = self.text.cpu()
+        if self is not lead:
+            self.negative = None
+
     def result(self) -> Result:
         """The painted pictures, checked and encoded."""
         checked = self.check(self.pictures)
@@ -79,16 +88,15 @@ class Run:
         return self.request.seed
 
     def expand(self) -> str:
-        from .text.expand import Expander
+        """The prompt, rewritten."""
+        from .text.expand import Expander, Sampling
+        from .text.memory import forgetting
 
-        flux, c = self.flux, self.flux._components
-        system = load.system_messages()
-        message = "SYSTEM_MESSAGE_UPSAMPLING_I2I" if self.request.images else "SYSTEM_MESSAGE_UPSAMPLING_T2I"
-        with self.stage("expand"):
-            if flux._expander is None:
-                dtype = load.DTYPES[self.plan.dtype]
-                flux._expander = Expander(flux.checkpoint.folder, c.tokenizer, c.style.parts, dtype, c.device)
-            return flux._expander(self.request.prompt, system[message], self.seed)
+        checkpoint, c = self.flux.checkpoint, forgetting(self.flux._components)
+        sampling = Sampling.of(checkpoint.folder)
+        with self.stage("expand"), c.hold_text_encoder(), load.remainder(self.plan, checkpoint, c) as remainder:
+            expander = Expander(c.text_encoder, remainder, c.tokenizer, c.style.parts, sampling, self.report.stop)
+            return expander(self.request.prompt, system_message(self.request), self.seed)
 
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings of the prompt and, for classifier-free guidance, of the empty prompt; [1, L, joint] each."""
@@ -123,24 +131,39 @@ class Run:
             pixels = (images.reference_pixels(p, c.vae.multiple) for p in pictures)
             return [c.vae.encode(p.to(c.device, c.vae.dtype)) for p in pixels]
 
-    def denoise(self, shots: list[Shot], done: int, count: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Packed latents of ``shots`` [B, N, C], all like this run's own, and their size in tokens.
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture's tokens."""
+        width, height = self.request.size
+        multiple = self.flux._components.vae.multiple
+        return -(-height // multiple), -(-width // multiple)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Noise levels."""
+        from .schedule import make_schedule
+
+        flux, (rows, columns) = self.flux, self.grid
+        recipe = flux.checkpoint.preset.recipe(flux.settings.variant)
+        return make_schedule(recipe, flux.steps(self.request), rows * columns)
+
+    def denoise(
+        self, shots: list[Shot], prepared: Prepared | None, done: int, count: int
+    ) -> tuple[torch.Tensor, Prepared]:
+        """Packed latents of ``shots`` [B, N, C], all like this run's own. The transformer is on the device.
 
         Args:
             shots: the pictures that are denoised together.
+            prepared: what the denoising before this one gave beside its latents, or None.
             done, count: denoisings before this one and in all, for the progress.
         """
         import torch
 
         from . import latents as layout
-        from .sampler import Conditions, denoise
-        from .schedule import make_schedule
+        from .sampler import Conditions, denoise, prepare
 
         flux, request, c = self.flux, self.request, self.flux._components
-        preset = flux.checkpoint.preset
-        width, height = request.size
-        grid = -(-height // c.vae.multiple), -(-width // c.vae.multiple)
-        schedule = make_schedule(preset.recipe(flux.settings.variant), flux.steps(request), grid[0] * grid[1])
+        preset, grid, schedule = flux.checkpoint.preset, self.grid, self.schedule
         noise = [layout.noise(run.seed + number, c.transformer.config.in_channels, *grid) for run, number in shots]
         positions = [
             layout.text_positions(self.text.shape[1]),
@@ -148,7 +171,7 @@ class Run:
             layout.reference_positions([(z.shape[2], z.shape[3]) for z in self.latents]),
         ]
         conditions = Conditions(
-            text=torch.cat([run.text for run, _ in shots]),
+            text=torch.cat([run.text for run, _ in shots]).to(c.device),
             negative=self.negative,
             guidance=request.guidance_scale,
             embedded=preset.guidance == "embedded",
@@ -157,19 +180,20 @@ class Run:
             together=self.plan.together,
             once=preset.references_once,
         )
+        prepared = prepared or prepare(c.transformer, schedule, conditions)
+        conditions = replace(conditions, prepared=prepared)
         total = schedule.steps * count
 
         def on_step(step: int, _: torch.Tensor, estimate: torch.Tensor) -> None:
             synchronize(c.device)
             self.report(
-                Progress("denoise", done * schedule.steps + step, total, preview=partial(self.preview, estimate, grid))
+                Progress("denoise", done * schedule.steps + step, total, preview=partial(self.preview, estimate))
             )
 
-        with self.stage("denoise", [run for run, _ in shots]), c.hold_transformer():
-            start = layout.pack(torch.cat(noise)).to(c.device, self.text.dtype)
-            return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), grid
+        start = layout.pack(torch.cat(noise)).to(c.device, self.text.dtype)
+        return denoise(c.transformer, start, schedule, conditions, on_step, self.plan.cache), prepared
 
-    def preview(self, estimate: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+    def preview(self, estimate: torch.Tensor) -> Image.Image:
         """A small picture of an estimate of the latents, at most :data:`~flux2_local.candidates.PREVIEW` tokens long."""
         import torch
         import torch.nn.functional as F
@@ -178,21 +202,21 @@ class Run:
 
         c = self.flux._components
         with c.hold_vae(), torch.inference_mode():
-            z = layout.unpack(estimate[:1], *grid)
-            scale = PREVIEW / max(grid)
+            z = layout.unpack(estimate[:1], *self.grid)
+            scale = PREVIEW / max(self.grid)
             if scale < 1:
                 z = F.interpolate(z, scale_factor=scale, mode="area")
             return images.from_pixels(c.vae.decode(z.to(c.vae.dtype)))
 
-    def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-        """Latents -> picture of the size that was asked for."""
+    def decode(self, tokens: torch.Tensor) -> Image.Image:
+        """Latents -> picture of the size that was asked for. The autoencoder is on the device."""
         import torch
 
         from . import latents as layout
 
         c = self.flux._components
-        with self.stage("decode"), c.hold_vae(), torch.inference_mode():
-            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *grid), self.plan.vae_tile))
+        with torch.inference_mode():
+            picture = images.from_pixels(c.vae.decode(layout.unpack(tokens, *self.grid), self.plan.vae_tile))
         return images.crop(picture, *self.request.size)
 
     def check(self, pictures: list[Image.Image]) -> list[tuple[Image.Image, bool]]:
@@ -254,14 +278,38 @@ Shot = tuple[Run, int]
 
 
 def paint(runs: list[Run]) -> None:
-    """Denoise and decode every picture of prepared runs that are alike, as many together as the plan says."""
-    shots = [(run, number) for run in runs for number in range(run.request.num_images)]
-    size = runs[0].plan.batch
+    """Denoise every picture of prepared runs that are alike, as many together as the plan says, then decode them: each network's
+    weights come once for all."""
+    lead, shots = runs[0], [(run, number) for run in runs for number in range(run.request.num_images)]
+    c, size, owners = lead.flux._components, lead.plan.batch, [run for run, _ in shots]
     parts = [shots[i : i + size] for i in range(0, len(shots), size)]
-    for done, part in enumerate(parts):
-        tokens, grid = runs[0].denoise(part, done, len(parts))
-        for (run, _), own in zip(part, tokens.split(1), strict=True):
-            run.pictures.append(run.decode(own, grid))
+    with lead.stage("denoise", owners), c.hold_transformer():
+        latents, prepared = [], None
+        for done, part in enumerate(parts):
+            made, prepared = lead.denoise(part, prepared, done, len(parts))
+            latents += made.split(1)
+        del prepared
+    with lead.stage("decode", owners), c.hold_vae():
+        for run, own in zip(owners, latents, strict=True):
+            run.pictures.append(run.decode(own))
+            lead.report.stop()
+
+
+def chat_tokens(flux: Flux2, request: Request) -> int:
+    """Tokens that the language model reads to expand the request's prompt, rounded up; 0 where it does not."""
+    from .text.expand import chat
+
+    if not request.enable_prompt_expansion:
+        return 0
+    c = flux._components
+    count = chat(c.tokenizer, c.style.parts, request.prompt, system_message(request)).ids.shape[1]
+    return -(-count // CHAT_STEP) * CHAT_STEP
+
+
+def system_message(request: Request) -> str:
+    """What the model makers tell the language model that expands a prompt."""
+    kind = "I2I" if request.images else "T2I"
+    return load.system_messages()[f"SYSTEM_MESSAGE_UPSAMPLING_{kind}"]
 
 
 def slug(prompt: str) -> str:

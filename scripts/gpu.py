@@ -40,7 +40,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("kernels", "tiers", "budgets")
 SMALL = ("--model", "tiny", "--device", "cpu", "--size", "512x512", "--steps", "4")
-"""Of the models' parts in a dry run."""
+QUICK = {
+    "tiers": ("--only", "none", "--only", "high, int8"),
+    "budgets": ("--contender", "flux2-local", "--contender", "diffusers, group offload"),
+}
+"""Of the models' parts in a dry run, and of each of them."""
 
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -209,14 +213,9 @@ def line(row: Row) -> str:
 
 def aims(rows: Sequence[Row]) -> dict[str, Any]:
     """How many rows reach each aim, and which do not."""
-    reached: dict[str, int] = {}
-    missed = []
-    for row in rows:
-        for aim, met in row.aims():
-            reached[aim] = reached.get(aim, 0) + met
-            if not met:
-                missed.append(f"{row.op} {row.shape} {row.format}: {aim}")
-    return {"reached": reached, "missed": missed}
+    from benchmarks.verdicts import tally
+
+    return tally((f"{row.op} {row.shape} {row.format}", aim, met) for row in rows for aim, met in row.aims())
 
 
 def card_record(run: Run) -> Iterator[tuple[str, Any]]:
@@ -284,7 +283,10 @@ def models(run: Run, part: str) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-    return subprocess.run([*command, *(SMALL if run.dry else ())], cwd=ROOT, env=environment).returncode == 0
+    return (
+        subprocess.run([*command, *((*SMALL, *QUICK[part]) if run.dry else ())], cwd=ROOT, env=environment).returncode
+        == 0
+    )
 
 
 def main() -> int:

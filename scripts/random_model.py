@@ -1,11 +1,12 @@
 """Write a published model at full size with random weights, for measuring speed where the real ones cannot be had.
 
-    python scripts/random_model.py klein-4b build/klein-4b
+    python -m scripts.random_model klein-4b build/klein-4b
+    python -m scripts.random_model dev build/dev           # 112 GB; no more than a shard of 5 GB is in memory
 
-What lies in the folder is what lies on the hub: every network's safetensors and configuration, and the transformer once more in one
-file in Black Forest Labs' own naming, as other programs read it. Weights are normal numbers of variance 1 / inputs, 16 bit, the
-same for one seed. What such a model draws is noise; what it costs is what the real one costs. The tokenizer knows single bytes only:
-a prompt is padded to the same number of tokens either way.
+What lies in the folder is what lies on the hub: every network's safetensors and configuration, dev's in shards; for klein the
+transformer once more in one file in Black Forest Labs' own naming, as other programs read it. Weights are normal numbers of
+variance 1 / inputs, 16 bit, the same for one seed. What such a model draws is noise; what it costs is what the real one costs.
+klein's tokenizer knows single bytes only, and dev's is the bundled model's: a prompt is padded to the same number of tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +22,23 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import Mistral3Config, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from flux2_local.files import check_folder
+from flux2_local import files
+from flux2_local.errors import OutputError
 from flux2_local.presets import BUNDLED, families, show_bytes
 
-FAMILIES = ("klein-4b", "klein-9b")
+FAMILIES = ("klein-4b", "klein-9b", "dev")
+SHARD = 5 * 10**9
+"""Bytes of a file of dev's; klein's networks have a file each, which other programs insist on."""
+
 PUBLISHED = "transformer.safetensors"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -69,17 +81,43 @@ AROUND = {
 the way back."""
 
 
-def drawn(network: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Weights for a network on the meta device, bfloat16."""
-    draw, found = torch.Generator().manual_seed(seed), {}
-    for name, like in network.state_dict().items():
+def wanted(network: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a network on the meta device holds, in bfloat16 but for whole numbers."""
+    found = {
+        name: like.to(torch.bfloat16 if like.is_floating_point() else like.dtype)
+        for name, like in network.state_dict().items()
+    }
+    if isinstance(network, Qwen3ForCausalLM):
+        del found["lm_head.weight"]  # it is the embedding
+    return found
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(value.nbytes for value in tensors.values())
+
+
+def drawn(tensors: dict[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+    """Weights of these shapes and types."""
+    found = {}
+    for name, like in tensors.items():
         if like.ndim < 2:
             found[name] = torch.zeros(like.shape) if name.endswith(("bias", "mean")) else torch.ones(like.shape)
         else:
             found[name] = torch.empty(like.shape, dtype=torch.bfloat16).normal_(generator=draw)
             found[name] *= like[0].numel() ** -0.5
-        found[name] = found[name].to(torch.bfloat16 if like.is_floating_point() else like.dtype)
+        found[name] = found[name].to(like.dtype)
     return found
+
+
+def shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """The tensors in their order, in parts of at most ``limit`` bytes; a larger tensor is alone."""
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, value in tensors.items():
+        if parts[-1] and size(parts[-1]) + value.nbytes > limit:
+            parts.append({})
+        parts[-1][name] = value
+    return parts
 
 
 def as_published(weights: dict[str, Tensor], doubles: int, singles: int) -> Iterator[tuple[str, Tensor]]:
@@ -122,17 +160,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_network(file: Path, network: nn.Module, seed: int) -> None:
-    """One network's folder; a transformer also in the makers' naming beside it. Holds one network's weights at a time."""
+def write_network(file: Path, network: nn.Module, seed: int, limit: int | None = None, published: bool = False) -> None:
+    """One network's folder, in shards where a ``limit`` is given, and a transformer also in the makers' naming beside it where that is
+    to be ``published``. Holds a file's weights at a time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    weights = drawn(network, seed)
-    if isinstance(network, Qwen3ForCausalLM):
-        del weights["lm_head.weight"]  # it is the embedding
-    else:
+    if not isinstance(network, (Qwen3ForCausalLM, Mistral3ForConditionalGeneration)):
         network.save_config(file.parent)
-    save_file(weights, file, metadata={"format": "pt"})
-    print(f"{file}: {show_bytes(file.stat().st_size)}", flush=True)
-    if isinstance(network, Flux2Transformer2DModel):
+    tensors, draw = wanted(network), torch.Generator().manual_seed(seed)
+    parts, places = [tensors] if limit is None else shards(tensors, limit), {}
+    for number, part in enumerate(parts, 1):
+        path = file if len(parts) == 1 else file.with_stem(f"{file.stem}-{number:05}-of-{len(parts):05}")
+        weights = drawn(part, draw)
+        save_file(weights, path, metadata={"format": "pt"})
+        print(f"{path}: {show_bytes(path.stat().st_size)}", flush=True)
+        places |= dict.fromkeys(part, path.name)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": size(tensors)}, "weight_map": places}
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    if published:
         numbers = network.config.num_layers, network.config.num_single_layers
         published = {k: v.contiguous() for k, v in as_published(weights, *numbers)}
         save_file(published, file.parent.parent / PUBLISHED)
@@ -145,7 +190,9 @@ def text_config(family: str) -> PretrainedConfig:
     if text.pop("model_type") == "qwen3":
         return Qwen3Config(**text, **rope, tie_word_embeddings=True, dtype="bfloat16")
     return Mistral3Config(
-        text_config={"model_type": "mistral", "sliding_window": None, **text, **rope}, dtype="bfloat16"
+        text_config={"model_type": "mistral", "sliding_window": None, **text, **rope},
+        tie_word_embeddings=False,
+        dtype="bfloat16",
     )
 
 
@@ -180,14 +227,32 @@ def frame(family: str, folder: Path, seed: int) -> None:
     )
 
 
-def write(family: str, folder: Path, seed: int) -> None:
-    """All files of a klein ``family`` below ``folder``."""
-    frame(family, folder, seed)
+def networks(family: str) -> tuple[nn.Module, nn.Module]:
+    """The transformer and the text encoder, on the meta device."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel(**families()[family]["transformer"])
-        encoder = Qwen3ForCausalLM(text_config(family))
-    write_network(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, seed)
-    write_network(folder / "text_encoder" / "model.safetensors", encoder, seed + 1)
+        kind = Mistral3ForConditionalGeneration if family == "dev" else Qwen3ForCausalLM
+        return transformer, kind(text_config(family))
+
+
+def total(family: str, published: bool) -> int:
+    """Bytes of the two large networks' files, about those of the folder."""
+    transformer, encoder = (size(wanted(network)) for network in networks(family))
+    return transformer * (1 + published) + encoder
+
+
+def write(family: str, folder: Path, seed: int) -> None:
+    """All files of a ``family`` below ``folder``; dev's are not published once more, which would be 64 GB."""
+    frame(family, folder, seed)
+    write_networks(family, folder, seed, published=family != "dev")
+
+
+def write_networks(family: str, folder: Path, seed: int, published: bool) -> None:
+    """The weights of the two large networks, below the folder of :func:`frame`."""
+    limit = SHARD if family == "dev" else None
+    transformer, encoder = networks(family)
+    write_network(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer, seed, limit, published)
+    write_network(folder / "text_encoder" / "model.safetensors", encoder, seed + 1, limit)
 
 
 def main() -> None:
@@ -198,9 +263,23 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} is there already; name another folder")
-    transformer, text = {"klein-4b": (8, 9), "klein-9b": (19, 17)}[args.family]
-    check_folder(args.folder.absolute().parent, (2 * transformer + text) * 10**9)
+    need = total(args.family, args.family != "dev") + 2**29  # the autoencoder and what is small
+    print(f"{args.family}: {show_bytes(need)} to be written to {args.folder}", flush=True)
+    try:
+        check_room(args.folder.absolute().parent, need)
+    except OutputError as error:
+        parser.error(f"{error}")
     write(args.family, args.folder, args.seed)
+
+
+def check_room(folder: Path, need: int) -> None:
+    """Refuse before anything is made, the folders above included.
+
+    Raises:
+        OutputError: the disk has too little room.
+    """
+    at = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    files.check_room(at, need, "the second argument")
 
 
 if __name__ == "__main__":

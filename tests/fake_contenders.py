@@ -15,7 +15,7 @@ import numpy as np
 
 from flux2_local import frames
 from flux2_local.bench import worker
-from flux2_local.bench.subject import Loaded, Subject
+from flux2_local.bench.subject import Loaded, Subject, Told
 
 if TYPE_CHECKING:
     from flux2_local.bench.contenders import Contender
@@ -38,13 +38,13 @@ def build(
     note(f"{name} begins")
     time.sleep(loading)
 
-    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, Told]:
         note(f"{name} draws {seed} in {steps}")
         if dies and seed == dies:
             print("a last word", file=sys.stderr, flush=True)
             os._exit(3)
         time.sleep(seconds)
-        return np.full((16, 16, 3), seed, np.uint8), {"denoise": seconds}
+        return np.full((16, 16, 3), seed, np.uint8), Told({"denoise": seconds})
 
     return Loaded(draw, {"dtype": "float32", "steps": subject.steps, "compiles": compiles})
 

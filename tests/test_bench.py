@@ -1,5 +1,6 @@
 """Benchmarks: contenders in their own processes, what they keep, and comparing two results."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from flux2_local import costs
 from flux2_local.bench import compare, contenders, metrics, peers, report, results, runner
 from flux2_local.bench.contenders import CONTENDERS
 from flux2_local.bench.runner import Rules
 from flux2_local.bench.subject import PROMPTS, Subject
 from flux2_local.cli import app
+from flux2_local.costs import Work
 from flux2_local.errors import BudgetError, RequestError
+from flux2_local.request import ACCELERATIONS, VARIANTS
 
 SUBJECT = Subject("tiny", "cpu", 512, 512, 4)
 
@@ -80,6 +84,65 @@ def test_an_unknown_contender_is_refused_with_the_list():
     with pytest.raises(RequestError, match="torchao int8"):
         contenders.select(["nobody"])
     assert [c.name for c in contenders.select(["flash"])] == ["diffusers", "standard, none", "flash"]
+
+
+def test_every_tier_of_every_variant_can_be_measured():
+    every, usual = ({c.name for c in contenders.select(None, every)} for every in (True, False))
+    assert every == set(CONTENDERS) and every - usual == {"turbo, none", "turbo, high", "flash, none", "flash, high"}
+    variants = {(how["variant"], how["acceleration"]) for c in CONTENDERS.values() if (how := getattr(c.build, "keywords", {}))
+                and "variant" in how}  # fmt: skip
+    assert variants == set(itertools.product(VARIANTS, ACCELERATIONS))
+
+
+def test_what_was_not_asked_for_is_said():
+    rows = [asdict(made_up("flash", "ours", 0.3, 14.0))]
+    record = {"rows": rows, "refused": {"512x512": {"torchao fp8": "no card"}}, "not_asked": ["turbo", "cache-dit"]}
+    assert report.not_measured(record) == "Not asked for in this run: turbo; cache-dit."
+    assert report.not_measured(record | {"not_asked": []}) == ""
+    del record["not_asked"]
+    assert not {"flash", "torchao fp8"} & set(report.not_measured(record).rstrip(".").partition(": ")[2].split("; "))
+
+
+def test_skipped_blocks_are_not_counted_as_computed():
+    drawn = [
+        runner.Drawn(np.zeros((8, 8, 3), np.uint8), 2.0, {"denoise": 1.0}, skipped) for skipped in ((0, 0), (3, 15))
+    ]
+    rates = {"float32": 1e11, "copy": 1e10}
+    whole, part = (
+        results.row("flash", runner.Samples({"dtype": "float32", "steps": 4}, 1.0, drawn=[one]), one_of(drawn), one_of(drawn),
+                    SUBJECT, rates)
+        for one in drawn
+    )  # fmt: skip
+    assert whole.tflop_per_s == part.tflop_per_s and whole.share == pytest.approx(whole.tflop_per_s / 0.1)
+    assert part.skipped == [3, 15]
+    arch = results.architecture(SUBJECT)
+    tokens = arch.tokens(512, 512) + arch.text_tokens
+    double, single = costs.one_block_flops(arch, tokens, tokens)
+    assert double + 5 * single == pytest.approx(
+        costs.step_flops(arch, Work(512, 512)), rel=0.01
+    )  # all but the first and the last layer
+    assert (whole.share - part.share) * 2.0 * 1e11 == pytest.approx(3 * double + 15 * single)
+    assert part.copy_share == pytest.approx(whole.copy_share / 4, rel=0.05)
+    assert results.share(part).startswith(f"{part.share:.0%}") and results.share(replace(part, skipped=None))[0] == "≤"
+
+
+def one_of(drawn):
+    return runner.Samples({}, 1.0, drawn=drawn[:1])
+
+
+def test_the_blocks_that_a_cache_skips_are_told():
+    loaded = contenders.ours(replace(SUBJECT, steps=8), "standard", "high")
+    _, told = loaded.draw("a boat", 1, None)
+    assert told.skipped == (2, 10) and told.stages["denoise"] > 0  # a double and five single blocks in steps 3 and 5
+    _, told = contenders.ours(SUBJECT, "standard", "none").draw("a boat", 1, None)
+    assert told.skipped == (0, 0)
+
+
+def test_the_numbers_of_marks_stand_on_nothing():
+    crowd = [(100.0, 50.0)] * 5 + [(104.0, 50.0), (100.0, 60.0), (300.0, 20.0)]
+    found = report.places(crowd)
+    assert all(report.apart(place, other) for i, place in enumerate(found) for other in (*crowd, *found[:i]))
+    assert max(abs(a - b) for a, b in zip(found[-1], crowd[-1], strict=True)) < report.LED  # beside its mark
 
 
 def test_gmsd_grows_with_damage():
@@ -158,6 +221,7 @@ def test_a_result_becomes_a_page_with_a_plot_for_every_size(tmp_path):
     page, plot = tmp_path / "result.md", tmp_path / "result-512x512.png"
     assert answer.exit_code == 0 and str(page) in answer.stdout and str(plot) in answer.stdout
     text = page.read_text()
+    assert "does not say why it has no figures of: diffusers; standard, regular;" in text
     assert "torch: 2.13" in text and "what flash is" in text and "fp8 at 512x512: no card" in text and plot.name in text
     with Image.open(plot) as picture:
-        assert picture.size == (1080, 660) and len(np.unique(np.asarray(picture.convert("L")))) > 50
+        assert picture.size == (1260, 660) and len(np.unique(np.asarray(picture.convert("L")))) > 50

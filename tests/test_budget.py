@@ -13,11 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux2_local import BudgetError, Flux2, footprint, load, quant
 from flux2_local.candidates import LAYOUTS, SYSTEM_RESERVE, Draft, Terms
-from flux2_local.offload import staged, streamed
+from flux2_local.model.language import Remainder
+from flux2_local.offload import link, staged, streamed
 from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.staged import hold
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import ALIGNMENT, hung
+from flux2_local.plan import component_plan
+from flux2_local.progress import Reporter
+from flux2_local.text.expand import Sampling
 
 FIELDS = {"image_size": "square", "seed": 3, "num_inference_steps": 4, "enable_safety_checker": False}
 NETWORKS = ("transformer", "text_encoder", "vae")
@@ -53,7 +57,7 @@ def held(flux, names=NETWORKS):
 
 def planned(flux, **fields):
     fields = {**FIELDS, **fields}
-    return flux._run({"prompt": "a", **fields}, None)
+    return flux._run({"prompt": "a", **fields}, Reporter())
 
 
 def check(measured, predicted, slack=0):
@@ -112,7 +116,7 @@ def test_reading_a_reference(klein_folder, dtype):
     )
 
 
-def simulated(flux, layout, stay, monkeypatch):
+def simulated(flux, layout, stay, monkeypatch, text_stay=()):
     """Networks that are not resident wait on the host; what moves is copied, as to a card."""
 
     def copied(value, device):
@@ -123,7 +127,7 @@ def simulated(flux, layout, stay, monkeypatch):
     monkeypatch.setattr(streamed, "moved", copied)
     c, holds = flux._components, {}
     for name in NETWORKS:
-        network, blocks = getattr(c, name), stay if name == "transformer" else ()
+        network, blocks = getattr(c, name), {"transformer": stay, "text_encoder": text_stay}.get(name, ())
         if getattr(layout, name) == "staged":
             holds[f"hold_{name}"] = hold(network, c.device)
         elif getattr(layout, name) == "streamed":
@@ -151,6 +155,53 @@ def test_weights_that_move(dev_folder, layout, quantize, monkeypatch):
     simulated(flux, layout, candidate.stay, monkeypatch)
     resident = held(flux, [name for name in NETWORKS if getattr(layout, name) == "resident"])
     check(resident + peak_of(lambda: generate(flux)), candidate.peak)
+
+
+def test_the_transformer_stays_for_all_pictures_of_a_request(dev_folder, monkeypatch):
+    """And with it the blocks that stay; what makes the schedule's table comes before them, once."""
+    flux = Flux2.load(dev_folder, dtype="float32", quantize="none")
+    candidate = draft(flux, LAYOUTS[-1], 0, num_images=3).candidate()
+    simulated(flux, LAYOUTS[-1], candidate.stay, monkeypatch)
+    one, three = (draft(flux, LAYOUTS[0], 0, num_images=count).pixels(0) for count in (1, 3))
+    assert three - one == 2 * 1024 * 32 * 4, "the others' latents"
+    check(held(flux, []) + peak_of(lambda: generate(flux, num_images=3)), candidate.peak)
+
+
+class Mapped(SimulatedLink):
+    """Blocks come from where they are mapped, as expansion's do where each comes once."""
+
+    def keep(self, block):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("layout", "limit"),
+    [(LAYOUTS[0], 0), (LAYOUTS[1], 0), (LAYOUTS[1], 10**12), (LAYOUTS[2], 10**12), (LAYOUTS[3], 0)],
+    ids=lambda value: getattr(value, "name", "all stay" if value else "none stay"),
+)
+def test_expansion(dev_folder, layout, limit, monkeypatch):
+    """Beside the resident networks or alone, with the text encoder's own weights; afterwards nothing of it is left."""
+    flux = Flux2.load(dev_folder, dtype="float32", quantize="none")
+    fields = {"enable_prompt_expansion": True, **FIELDS}
+    one = draft(flux, layout, limit, **fields)
+    candidate = one.candidate()
+    plan = replace(planned(flux, **fields).plan, expansion=component_plan(candidate, "m", "float32", "expansion"))
+    resident = held(flux, [name for name in NETWORKS if getattr(layout, name) == "resident"])
+    simulated(flux, layout, candidate.stay, monkeypatch, candidate.text_stay)
+    monkeypatch.setattr(link, "PinnedLink", lambda device: Mapped())
+    monkeypatch.setattr(link, "MappedLink", lambda device: Mapped())
+    monkeypatch.setattr(flux, "_plan_for", lambda *_: plan)
+    drawn = iter([*range(9, 15), 2] * 2)
+    monkeypatch.setattr(Sampling, "draw", lambda *_: next(drawn))
+    run = planned(flux, **fields)
+    staying = len(candidate.text_stay), len(candidate.expansion_stay)
+    streams = layout.text_encoder == "streamed", layout.name != "resident"
+    assert staying == tuple(n * stays * bool(limit) for n, stays in zip((30, 2), streams, strict=True))
+    predicted = one.expanding(candidate.text_stay, candidate.expansion_stay) - one.beside()
+    predicted -= footprint.texts(one.setup, one.terms.need.work)  # of another picture's prompt
+    check(resident + peak_of(run.expand), predicted)
+    assert not [o for o in gc.get_objects() if type(o) is Remainder and not o.norm.weight.is_meta]
+    assert resident + peak_of(lambda: generate(flux, **fields)) <= candidate.peak
 
 
 @pytest.mark.parametrize("limit", [0, 10**12], ids=["none stay", "all stay"])
@@ -199,7 +250,7 @@ def denoised(flux, setup, plan, **fields):
     run.prepare()
     shots = [(run, number) for number in range(run.request.num_images)]
     given = [run.text, *([] if run.negative is None else [run.negative]), *run.latents]
-    measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, 0, 1))
+    measured = sum(value.nbytes for value in given) + peak_of(lambda: run.denoise(shots, None, 0, 1))
     sizes = tuple(picture.size for picture in run.references)
     work = replace(run.plan.work, references=sizes, batch=len(shots))
     own = replace(draft(flux, LAYOUTS[0], 0, **fields).setup, arch=load.architecture(flux.checkpoint), **setup)

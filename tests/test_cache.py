@@ -1,18 +1,21 @@
 """Step caching: which steps are skipped, what stands in for them, and that nothing changes where none is."""
 
+import json
 import math
 import tomllib
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import masks
 from flux2_local import Flux2, store
-from flux2_local.cache import StepCache
+from flux2_local.cache import Recorded, StepCache, watched
 from flux2_local.candidates import Need
 from flux2_local.choices import choose_cache
 from flux2_local.costs import Work
+from flux2_local.errors import RequestError
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
 from flux2_local.plan import make_plan
@@ -74,6 +77,42 @@ def test_steps_that_may_be_skipped_are(dev_folder, monkeypatch, policy, first):
     quick = picture(flux)
     assert (calls.count("first"), calls.count("single")) == (first, 5)
     assert quick.shape == whole.shape and not np.array_equal(quick, whole)
+
+
+@pytest.mark.parametrize("threshold", [0.5, math.inf])
+def test_a_recorded_mask_skips_exactly_its_steps(dev_folder, monkeypatch, threshold):
+    """Whatever the policy would say of them: its warmup, its tail, and more in a row than its limit."""
+    flux = Flux2.load(dev_folder)
+    skips = (1, 2, 3, 4, 6, 8)
+    with_policy(monkeypatch, Recorded(threshold, warmup=9, tail=9, limit=1, skips=skips))
+    calls = []
+    network = flux._components.transformer
+    for name, blocks in (("first", network.transformer_blocks), ("single", network.single_transformer_blocks)):
+        blocks[0].register_forward_hook(lambda *_, name=name: calls.append(name))
+    with watched() as seen:
+        picture(flux)
+    assert seen == [(threshold < math.inf, list(skips))]
+    assert (calls.count("first"), calls.count("single")) == (9 if threshold < math.inf else 3, 3)
+
+
+def test_what_is_recorded_is_what_is_replayed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(masks, "FOLDER", tmp_path)
+    with pytest.raises(RequestError, match="--steps 8"):
+        masks.read("high", 8)
+    monkeypatch.setattr("sys.argv", ["masks", "--steps", "8", "--pictures", "1"])
+    masks.main()
+    kept = json.loads(masks.place(8).read_text())
+    assert kept["commit"] and kept["torch"] and kept["model"] == "tiny" and kept["prompts"]
+    own = tiers()["high"].cache["tiny"].at(8)
+    assert masks.read("high", 8) == Recorded(*astuple(own), skips=(3, 5))
+    assert "high: 2 of 8 steps skipped: 3, 5" in capsys.readouterr().out
+
+
+def test_the_masks_that_come_along_are_of_devs_steps():
+    for tier in ("regular", "high"):
+        mask = masks.read(tier, models()["dev"].recipe("standard").steps)
+        assert min(mask.skips) > 0 and max(mask.skips) < mask.steps == 28
+    assert len(masks.read("regular", 28).skips) < len(masks.read("high", 28).skips)
 
 
 @pytest.mark.parametrize("folder", ["dev_folder", "klein_base_folder"])

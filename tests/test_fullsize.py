@@ -1,15 +1,20 @@
 """Benchmarks of full-size models on random weights (tiers, budgets): the same code at the bundled model's size."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import budgets, synthetic, tiers
+from benchmarks import budgets, masks, synthetic, tiers
+from benchmarks.verdicts import tally, told
 from flux2_local import Flux2, load
+from flux2_local.bench.contenders import CONTENDERS
+from flux2_local.cache import Recorded
 from flux2_local.costs import Work
-from flux2_local.errors import BackendUnavailableError
+from flux2_local.errors import BackendUnavailableError, RequestError
 from flux2_local.hardware import from_preset, probe
 from flux2_local.presets import families
 from flux2_local.settings import choose, make_settings
@@ -46,17 +51,49 @@ def test_weights_are_drawn_as_the_plan_says_and_draw_a_picture(tmp_path, quantiz
     assert result.images[0].image.getextrema()[0][0] < result.images[0].image.getextrema()[0][1]
 
 
-def test_tiers_take_turns_on_the_same_weights_and_none_computes_what_diffusers_does(tmp_path):
-    hardware = probe("cpu")
-    bench = tiers.prepare(synthetic.folder("tiny", tmp_path / "tiny"), hardware, 512, 512, 4, CPU)
-    contenders = [bench.stock(), bench.tier("none"), bench.tier("high")]
-    tiers.measure(contenders, CPU, rounds=2)
-    rates = {contender.dtype: 1e11 for contender in contenders}
-    stock, none, high = tiers.figures(contenders, bench, rates)
-    assert [len(row["samples"]) for row in (stock, none, high)] == [2, 2, 2]
-    assert stock["ratio"] == 1 and none["error"] < 0.02
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = synthetic.folder("tiny", tmp_path_factory.mktemp("models") / "tiny")
+    return tiers.prepare(folder, probe("cpu"), 512, 512, 6, CPU)
+
+
+def test_tiers_take_turns_on_the_same_weights_and_none_computes_what_diffusers_does(bench, monkeypatch):
+    def broken(pipe, subject):
+        raise RuntimeError("no compiler")
+
+    name = "diffusers, compiled"
+    monkeypatch.setitem(CONTENDERS, name, replace(CONTENDERS[name], change=broken))
+    monkeypatch.setitem(CONTENDERS, "cache-dit", replace(CONTENDERS["cache-dit"], needs=("nowhere-to-be-found",)))
+    monkeypatch.setattr(masks, "read", lambda *_: Recorded(math.inf, 1, 0, 4, 6, skips=(2, 3, 5)))
+    names = ["none", "regular, mask", "high, int8", "high, fp8", name, "cache-dit"]
+    outcome = tiers.measure(bench, names, rounds=1)
+    assert outcome.refused["high, fp8"].startswith("BackendUnavailableError") and "cuda" in outcome.refused["high, fp8"]
+    assert "no compiler" in outcome.refused[name] and "nowhere-to-be-found" in outcome.refused["cache-dit"]
+    rows = tiers.figures(outcome.contenders, bench, {"bfloat16": 1e11, "float32": 1e11, "copy": 1e10})
+    stock, none, masked, int8 = rows
+    assert [row["name"] for row in rows] == ["diffusers", "none", "regular, mask", "high, int8"]
+    assert [len(row["samples"]) for row in rows] == [2, 1, 1, 1]  # once beside each group
+    assert stock["ratio"] == 1 and none["error"] < 0.02 and int8["plan"]["weights"] == "builtin-int8"
+    assert masked["skipped"] == (3, 15) and none["skipped"] == (0, 0)
+    assert masked["plan"]["step cache"] == "recorded: 3 of 6 steps skipped"
     assert none["share"] == pytest.approx(none["tflop_per_s"] / 0.1)
-    assert "none" in tiers.table([stock, none, high])
+    assert masked["share"] == pytest.approx(masked["tflop_per_s"] / 0.1 / 2, rel=0.02)
+    assert 0 < masked["copy_share"] < none["copy_share"] * none["seconds"] / masked["seconds"]
+    assert "regular, mask" in tiers.table(rows)
+
+
+def test_a_mask_of_another_number_of_steps_is_not_replayed(bench):
+    with pytest.raises(RequestError, match="--steps 6"):
+        bench.tier("high, mask")
+
+
+def test_tiers_are_held_to_their_aims():
+    rows = [{"name": name, "ratio": 2.0, "share": 0.7} for name in ("none", "regular, mask")]
+    found = tally(tiers.aims(rows))
+    assert found["reached"]["1.4 times diffusers"] == 1
+    assert found["missed"] == ["regular, mask: 2.2 times diffusers", "none: 75% of the product rate"]
+    assert found["unjudged"] == ["high, mask: 4.5 times diffusers", "regular: 75% of the product rate"]
+    assert "missed: none: 75%" in told(found)
 
 
 def test_tiers_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_path):
@@ -69,10 +106,61 @@ def test_tiers_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_path):
 def test_a_case_finds_seconds_and_a_peak(contender):
     row = budgets.work(replace(CASE, contender=contender))
     assert row["seconds"]["step"] > 0 and row["peak"] > 2**27
-    assert ("predicted_peak" in row) == (contender == "flux2-local")
+    assert ("predicted_peak" in row) == contender.startswith("flux2-local")
+    if contender == budgets.INT8:
+        assert row["plan"]["weights"] == "builtin-int8"
     told = budgets.line({"contender": contender, "budget": 0} | row)
     assert "a step" in told and "EXCEEDED" not in told
     assert "EXCEEDED" in budgets.line({"contender": contender, "budget": 1} | row)
+
+
+def test_a_host_without_memory_has_blocks_come_from_their_files(tmp_path):
+    """What the case of that name rests on, for a card that is not at hand."""
+    folder = synthetic.folder(budgets.OTHERWISE, tmp_path / "klein-4b")
+    settings = make_settings("standard", "regular", vram=8 * 10**9, quantize="none")
+    rich = from_preset("h200", 64 * 2**30)
+    for hardware, mapped in ((rich, False), (budgets.poor(rich), True)):
+        _, plan = choose(folder, settings, hardware, Work())
+        assert (plan.transformer.placement, plan.transformer.mapped) == ("streamed", mapped)
+
+
+def test_weights_that_the_disk_has_no_room_for_are_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets.random_model.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(budgets.synthetic, "folder", lambda size, path: tmp_path)
+    row = budgets.work(replace(CASE, contender=budgets.FILES, model="klein-4b"))
+    assert row["error"].startswith("OutputError") and "GiB are needed" in row["error"]
+    monkeypatch.setattr(budgets.random_model.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * 10**9))
+    assert budgets.that_fits("dev", tmp_path) == "klein-4b"
+
+
+def test_budgets_are_held_to_their_aims():
+    def row(contender, gb, step, **more):
+        return {"contender": contender, "budget": gb * 10**9, "seconds": {"step": step}} | more
+
+    failed = {"contender": "diffusers, resident", "budget": 12 * 10**9, "error": "OutOfMemoryError"}
+    rows = [
+        row("flux2-local", 24, 0.50, predicted_seconds={"step": 0.45}),
+        row("flux2-local", 12, 1.0, predicted_seconds={"step": 0.5}),
+        row(budgets.INT8, 80, 0.4),
+        row(budgets.INT8, 24, 0.43),
+        row("diffusers, group offload", 12, 2.5),
+        failed,
+    ]
+    found = tally(budgets.aims(rows))
+    assert found["missed"] == [
+        "flux2-local, 11.2 GiB: predicted within 15%",
+        "flux2-local: at 22.4 GiB within 1.1 times int8 fully resident",
+    ]
+    assert found["reached"]["predicted within 15%"] == 1
+    assert found["reached"]["at 22.4 GiB within 1.1 times int8 fully resident"] == 1
+    assert found["reached"]["at 11.2 GiB 2 times as fast as diffusers' best that fits"] == 1
+    assert found["unjudged"] == [f"{budgets.INT8}: at 11.2 GiB 2 times as fast as diffusers' best that fits"]
+    assert "of which nothing fits" in str(tally(budgets.aims([*rows[:2], failed]))["reached"])
+
+
+def test_every_budget_has_every_contender_and_the_smallest_the_files():
+    names = ["flux2-local", budgets.FILES]
+    assert budgets.cases([80, 8], names) == [(80, "flux2-local"), (8, "flux2-local"), (8, budgets.FILES)]
 
 
 def test_what_does_not_fit_or_dies_is_a_row_and_not_the_end(monkeypatch):

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from flux2_local import Flux2, costs, footprint, load, many, sampler
-from flux2_local.candidates import Need
+from flux2_local.candidates import LAYOUTS, Draft, Need, Terms
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
+from flux2_local.offload.simulated import SimulatedLink
+from flux2_local.offload.streamed import Streamed
 from flux2_local.plan import Wishes, make_plan
 from flux2_local.presets import CachePolicy, devices, models, tiers
 from flux2_local.request import make_request
@@ -189,3 +191,26 @@ def test_weights_that_visit_the_device_come_once_for_several_prompts(flash, monk
     found = [result.images[0].data for result in flash.generate_many(asked)]
     assert len(held) == 2, "three prompts, then the last"
     assert found[3] == flash.generate(**asked[3]).images[0].data
+
+
+def test_the_transformer_comes_once_for_several_requests(klein_base_folder, monkeypatch):
+    """Where it streams, requests of the same kind are denoised one after another while it is there; their embeddings wait outside."""
+    flux = Flux2.load(klein_base_folder, dtype="float32", quantize="none")
+    few = {**SMALL, "num_inference_steps": 4}
+    asked = [{"prompt": scene, "seed": n, **few} for n, scene in enumerate([*SCENES, "a tree"])]
+    alone = [flux.generate(**one).images[0].data for one in asked]
+    hold, plan = Streamed(flux._components.transformer, SimulatedLink(), range(5)), flux._plan_for
+
+    def streamed(one):
+        return replace(one, batch=1, transformer=replace(one.transformer, placement="streamed", stay=tuple(range(5))))
+
+    monkeypatch.setattr(flux, "plan", streamed(flux.plan))
+    monkeypatch.setattr(flux, "_plan_for", lambda *asked: streamed(plan(*asked)))
+    monkeypatch.setattr(flux, "_components", replace(flux._components, hold_transformer=hold))
+    assert [result.images[0].data for result in flux.generate_many(asked)] == alone
+    assert hold.link.copied == 2 * sum(block.size for block in hold.blocks), "four, then the last"
+    need = Need("m", "standard", tiers()["regular"], load.architecture(flux.checkpoint), Work(512, 512))
+    terms = Terms(need, flux.hardware, "float32", 0, "native", "sdpa", False, False)
+    resident, moving = (Draft(terms, None, layout).setup for layout in (LAYOUTS[0], LAYOUTS[-1]))
+    latents = [footprint.carried(setup, need.work) - footprint.texts(setup, need.work) for setup in (resident, moving)]
+    assert latents[1] == 4 * latents[0]

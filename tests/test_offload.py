@@ -16,6 +16,7 @@ from flux2_local.offload.simulated import SimulatedLink, VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed, hung
 from flux2_local.presets import models
+from flux2_local.progress import Reporter
 
 FIELDS = {"image_size": "square", "seed": 3, "num_inference_steps": 4, "enable_safety_checker": False}
 LAYERS = 30
@@ -51,6 +52,19 @@ def test_pixels_are_those_of_a_resident_model_whatever_stays(dev_folder, expecte
     ahead = sorted((size for number, size in enumerate(sizes) if number not in stay), reverse=True)[: streamed.RING]
     assert sum(sizes) + 3 * moving <= link.copied <= sum(sizes) + 3 * moving + sum(ahead)
     assert text_link.copied >= sum(block.size for block in holds[1].blocks)
+
+
+def test_several_pictures_bring_the_transformer_once(dev_folder, expected, monkeypatch):
+    stay, counts, move = (0, 1, 2, 3, 4), [], streamed.moved
+    flux, (link, _) = streaming(dev_folder, stay)
+    monkeypatch.setattr(streamed, "moved", lambda value, device: (counts.append(value.nbytes), move(value, device))[1])
+    result = flux.generate("a red boat", num_images=3, **FIELDS)
+    together, copied = sum(counts), link.copied
+    counts.clear()
+    assert np.array_equal(pixels(flux), expected) and np.array_equal(np.asarray(result.images[0].image), expected)
+    assert flux._run({"prompt": "a", "num_images": 3, **FIELDS}, Reporter()).plan.batch < 3, "one after another"
+    assert copied == sum(block.size for block in flux._components.hold_transformer.blocks) == link.copied - copied
+    assert together == sum(counts)
 
 
 def test_the_bundled_models_pixels_with_steps_skipped(tiny):

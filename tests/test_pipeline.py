@@ -1,6 +1,7 @@
 """Flux2.generate: stages, progress, cancelling, repeating, and what happens when something goes wrong."""
 
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -9,7 +10,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux2_local import Cancelled, Flux2, Flux2Error, OutOfMemoryError, Progress, Request, Result, images, pipeline
+from flux2_local import (
+    Cancelled,
+    Flux2,
+    Flux2Error,
+    OutOfMemoryError,
+    Progress,
+    Request,
+    Result,
+    images,
+    load,
+    pipeline,
+)
+from flux2_local.progress import Reporter
+from flux2_local.quant import disk
 from flux2_local.stages import slug
 
 FAST = {"image_size": "square", "num_inference_steps": 4, "enable_safety_checker": False}
@@ -119,7 +133,33 @@ def test_an_interrupt_leaves_the_pipeline_usable(flux):
     assert np.array_equal(pixels(flux.generate("a boat", seed=1, **FAST)), before)
 
 
-def test_expansion_uses_the_models_own_language_model(flux, dev_folder):
+ANSWER = 48
+"""Tokens after which answers end here: random weights never end them."""
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    from flux2_local.text.expand import Expander, Sampling
+
+    told, draw, answer = [], Sampling.draw, Expander.answer
+
+    def ending(self, scores, generator):
+        told.append(draw(self, scores, generator))
+        return told[-1] if len(told) <= ANSWER else self.stops[0]
+
+    monkeypatch.setattr(Sampling, "draw", ending)
+    monkeypatch.setattr(Expander, "answer", lambda self, *given: (told.clear(), answer(self, *given))[1])
+
+
+def rewritten(flux, **fields):
+    """The answer to "a boat", nothing else of the request being made."""
+    run = flux._run({"prompt": "a boat", "enable_prompt_expansion": True, **FAST, **fields}, Reporter())
+    flux._adopt(run.plan)
+    return run.expand()
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_expansion_uses_the_models_own_language_model(flux):
     result = flux.generate("a boat", seed=3, enable_prompt_expansion=True, **FAST)
     assert result.prompt != "a boat" and result.timings.expand > 0
     assert result.images[0].settings["expanded_prompt"] == result.prompt
@@ -145,28 +185,71 @@ def test_expansion_sends_the_makers_message(flux, monkeypatch):
     assert said == [("a boat", t2i, 1), ("a boat", i2i, 1)]
 
 
-def test_expansion_generates_as_diffusers_does(dev_folder, flux):
+@pytest.mark.usefixtures("short_answers")
+def test_expansion_generates_as_diffusers_does(dev_folder):
     """The same chat and sampling as ``upsample_prompt``, which pads on the left to no effect."""
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_T2I
-    from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
+    from transformers import Mistral3ForConditionalGeneration
 
-    from flux2_local.text.expand import Expander
+    got = rewritten(Flux2.load(dev_folder, dtype="float32"), seed=5)
+    chat = format_input(["a boat"], SYSTEM_MESSAGE_UPSAMPLING_T2I)
+    assert got == transformers_answer(Mistral3ForConditionalGeneration, dev_folder, chat)
 
-    expander = Expander(dev_folder, flux._components.tokenizer, True, torch.float32, torch.device("cpu"))
-    got = expander("a boat", SYSTEM_MESSAGE_UPSAMPLING_T2I, 5)
-    tok = AutoTokenizer.from_pretrained(dev_folder / "tokenizer")
-    model = Mistral3ForConditionalGeneration.from_pretrained(dev_folder / "text_encoder", dtype=torch.float32)
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize("tied", [False, True])
+def test_expansion_by_qwen_generates_as_transformers_does(klein_folder, tied, tmp_path):
+    """With a head of its own, or the embedding's weights; and drawing as the checkpoint says."""
+    from components import language_numbers, randomised
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_T2I
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path / "klein"
+    shutil.copytree(klein_folder, folder)
+    if tied:
+        shutil.rmtree(folder / "text_encoder")
+        config = Qwen3Config(**language_numbers(30, 264), tie_word_embeddings=True)
+        randomised(Qwen3ForCausalLM(config), 5).save_pretrained(folder / "text_encoder")
+    own = folder / "text_encoder" / "generation_config.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "eos_token_id": [2, 3], "top_k": 20, "top_p": 0.9}))
+    flux = Flux2.load(folder, dtype="float32")
+    assert load.architecture(flux.checkpoint).language.tied == tied
+    chat = [{"role": "system", "content": SYSTEM_MESSAGE_UPSAMPLING_T2I}, {"role": "user", "content": "a boat"}]
+    assert rewritten(flux, seed=5) == transformers_answer(Qwen3ForCausalLM, folder, [chat])
+
+
+def transformers_answer(cls, folder, chat):
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = cls.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     inputs = tok.apply_chat_template(
-        format_input(["a boat"], SYSTEM_MESSAGE_UPSAMPLING_T2I),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", enable_thinking=False
     )
     torch.manual_seed(5)
-    out = model.generate(**inputs, max_new_tokens=512, do_sample=True, temperature=0.15, use_cache=True)
-    assert got == tok.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    out = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=True, temperature=0.15, use_cache=True)
+    return tok.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_expansion_in_quantized_weights(dev_folder):
+    """Which are kept, so that the next request reads them as they are."""
+    flux = Flux2.load(dev_folder, quantize="builtin-int8")
+    first = rewritten(flux, seed=5)
+    kept = list(disk.folder().glob("*-expansion-*.safetensors"))
+    assert len(kept) == 1 and first.strip() and rewritten(flux, seed=5) == first
+    assert rewritten(Flux2.load(dev_folder, dtype="float32"), seed=5) != first
+
+
+def test_expansion_can_be_cancelled_between_tokens(flux, monkeypatch):
+    from flux2_local.text.expand import Sampling
+
+    drawn, draw = [], Sampling.draw
+    monkeypatch.setattr(Sampling, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    with pytest.raises(Cancelled):
+        flux.generate("a boat", enable_prompt_expansion=True, cancel=lambda: len(drawn) == 3, **FAST)
+    assert len(drawn) == 3
 
 
 def test_long_prompts_are_cut_and_it_is_said(flux):

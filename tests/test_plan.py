@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_local import BudgetError, Flux2, PlanError, costs, footprint, hardware, load, store
-from flux2_local.candidates import Need
+from flux2_local.candidates import SYSTEM_RESERVE, Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, fit, survey
 from flux2_local.hardware import from_preset, probe
@@ -104,6 +104,29 @@ def test_as_much_stays_on_the_device_as_fits():
     assert held == [("resident", "resident"), ("resident", "streamed"), ("streamed", "streamed")]
     assert any("resident" in name and "needs" in why for c in small.choices for name, why in c.rejected)
     assert small.peak_bytes < parse_bytes("5GiB") and small.host_bytes > middle.host_bytes > big.host_bytes == 0
+
+
+@pytest.mark.parametrize(("name", "memory"), [("dev", "22GiB"), ("klein-9b", "22GiB"), ("klein-4b", "11GiB")])
+def test_expansion_is_planned_for_within_the_same_budget(name, memory):
+    """Nothing is held otherwise for it than without, and what it needs beyond that is counted."""
+    hardware = card(memory)
+    without, plan = (make_plan(need(name, work=Work(chat=chat)), hardware) for chat in (0, costs.CHAT))
+    assert without.expansion is None and without.expand_seconds == 0
+    assert plan.expansion is not None and plan.expansion.format == plan.text_encoder.format
+    assert plan.peak_bytes <= hardware.free - SYSTEM_RESERVE["cuda"] and built(plan) == built(without)
+    language = footprint.weights(need(name).arch, "expansion", "bfloat16").blocks
+    assert plan.text_encoder.placement == "streamed" and len(plan.expansion.stay) < len(language)
+    assert plan.seconds > without.seconds + 1 and "layers stay" in explain(plan)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(need(name, work=Work(chat=costs.CHAT)), hardware, Wishes(vram=2**30))
+    smallest = caught.value.smallest
+    assert make_plan(need(name, work=Work(chat=costs.CHAT)), hardware, Wishes(vram=smallest)).expansion is not None
+
+
+def test_moving_weights_is_predicted_once_for_all_pictures_of_a_request():
+    one, four = (make_plan(need(work=Work(steps=4, images=images)), card("5GiB")) for images in (1, 4))
+    assert one.transformer.placement == "streamed" and one.place_seconds == four.place_seconds > 0
+    assert four.seconds - one.seconds == pytest.approx(3 * (4 * one.step_seconds + one.decode_seconds))
 
 
 @pytest.mark.parametrize("name", ["klein-4b", "dev"])

@@ -23,20 +23,36 @@ def test_adherence_stands_beside_the_other_figures():
         name: runner.Samples({}, 1.0, drawn=[runner.Drawn(one, 1.0) for one in drawn])
         for name, drawn in pictures.items()
     }
-    judged = Judged(PROMPTS, lambda drawn: (int(drawn[0].max()), 4), lambda *_: (4, 4))
+    judged = Judged(PROMPTS, lambda drawn: ["1" * int(one.max()) + "000" for one in drawn], lambda *_: ["1111"])
     rows = [made_up(name, "ours", 1.0, 40.0) for name in samples]
     rows = results.with_adherence(rows, runner.Outcome(samples), judged)
-    assert [(row.adherence, row.asked) for row in rows] == [(25.0, 4), (50.0, 4)]
-    assert "| 50 % of 4 |" in results.table(rows)
+    assert [(row.adherence, row.asked) for row in rows] == [(25.0, 4), (40.0, 5)]
+    assert "| 40 % of 5 |" in results.table(rows)
+
+
+def test_adherence_is_compared_in_the_same_things_with_its_error():
+    before = ["1100", "111000", "11", "0000"]
+    assert results.paired(before, before) == (0.0, 0.0)
+    change, error = results.paired(before, ["1110", "111000", "11", "1000"])
+    assert change == 100 * 2 / 16 and 4 < error < 10
+    rng = np.random.default_rng(0)
+    runs = [
+        results.paired(*(["".join(map(str, rng.integers(0, 2, 8))) for _ in range(40)] for _ in range(2)))
+        for _ in range(200)
+    ]
+    assert np.std([change for change, _ in runs]) == pytest.approx(np.mean([error for _, error in runs]), rel=0.15)
+    assert results.paired(before[:1], before[:1]) == (None, None)
+    row = results.with_verdicts(made_up("flash", "ours", 1.0, 40.0), ["1110", "111000", "11", "1000"], before)
+    assert results.adherence(row) == f"56 % of 16 (+12.5 ± {error:.1f})"
 
 
 def test_the_judge_finds_what_was_asked_for_and_misses_what_was_not():
     scenes, judged = judge.held_out_scenes(12), speed.judged()
     asked, others = ([np.asarray(render(s, 256, 256)) for s in some] for some in (scenes, scenes[::-1]))
-    right, count = judged.judge(asked)
-    assert (right, count) == judged.ceiling(256, 256, 12) and right > 0.95 * count
-    missed, same = judged.judge(others)
-    assert same == count and missed < 0.6 * count
+    right = "".join(judged.judge(asked))
+    assert right == "".join(judged.ceiling(256, 256, 12)) and right.count("1") > 0.95 * len(right)
+    missed = "".join(judged.judge(others))
+    assert len(missed) == len(right) and missed.count("1") < 0.6 * len(right)
 
 
 def test_the_judge_is_for_the_bundled_model_alone(dev_folder):

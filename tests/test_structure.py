@@ -17,7 +17,7 @@ LAYERS = (
         "sampler", "plan", "choices", "candidates", "footprint", "counting", "text", "lora", "store", "offload", "quant",
         "attention", "cache",
     ),
-    ("costs", "hardware", "heap", "rates", "schedule", "latents"),
+    ("ceiling", "costs", "hardware", "heap", "rates", "schedule", "latents"),
     ("model",),
     ("single",),
     ("weights", "result", "images", "files", "frames", "progress"),

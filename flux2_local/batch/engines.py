@@ -80,9 +80,9 @@ class ThisProcess:
 
 
 def batch_of(flux: Flux2, request: Request) -> int:
-    """How many pictures like this one ``flux`` denoises together."""
+    """How many pictures like this one ``flux`` takes through the stages together."""
     try:
-        return flux._plan_for(request, []).batch
+        return many.gathered(flux._plan_for(request, []))
     except PlanError:
         return 1
 

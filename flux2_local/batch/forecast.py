@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..explore import plan_for
+from ..many import gathered
 from ..plan import Plan
 from ..request import Request
 from ..settings import Settings
@@ -85,7 +86,8 @@ def forecast(job: Job, model: str | Path | None, settings: Settings, device: str
         prompts += request.prompt != last
         last = request.prompt
     shares = [Share(count, plan_of(examples[kind], model, settings, device)) for kind, count in kinds.most_common()]
-    seconds = sum(s.count * (s.plan.seconds - s.plan.encode_seconds) for s in shares)
+    seconds = sum(s.count * (s.plan.seconds - s.plan.encode_seconds - s.plan.place_seconds) for s in shares)
+    seconds += sum(s.count * s.plan.place_seconds / gathered(s.plan) for s in shares)
     seconds += prompts * max((s.plan.encode_seconds for s in shares), default=0.0)
     return Forecast(job.count, prompts, seconds, int(size), tuple(shares))
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
+from .. import load
+from ..cache import Course, watched
 from ..errors import RequestError
 from ..hardware import package
 from . import peers
-from .subject import Loaded, Subject
+from .subject import Loaded, Subject, Told
 
 Group = Literal["ours", "peer", "floor"]
 
@@ -29,6 +31,8 @@ class Contender:
         kinds: devices it can run on.
         needs: distributions it needs.
         why_kinds: why it needs these devices, where it does.
+        usual: whether it is measured where none is named.
+        change: what makes the stock pipeline it, where that is how it is built.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Contender:
     kinds: tuple[str, ...] = ("cuda", "cpu", "mps")
     needs: tuple[str, ...] = ()
     why_kinds: str = ""
+    usual: bool = True
+    change: peers.Change | None = None
 
     def obstacle(self, subject: Subject) -> str | None:
         """Why it cannot run on ``subject``, as far as that is known beforehand; None where nothing speaks against it."""
@@ -62,19 +68,27 @@ def ours(subject: Subject, variant: str, acceleration: str, **wishes: Any) -> Lo
     if variant == "standard":
         fields["num_inference_steps"] = subject.steps
 
-    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, Told]:
         run = flux._run({"prompt": prompt, "seed": seed, **fields}, Reporter())
         if steps is not None:  # fewer than a request may ask for
             run.request = run.request.model_copy(update={"num_inference_steps": steps})
-        (result,) = flux._work([run])
+        with watched() as courses:
+            (result,) = flux._work([run])
         stages = {k: v for k, v in result.timings.to_dict().items() if v and k not in ("inference", "total")}
-        return np.asarray(result.images[0].image), stages
+        return np.asarray(result.images[0].image), Told(stages, blocks_skipped(courses, blocks))
 
-    plan = flux.plan
+    plan, config = flux.plan, load.architecture(flux.checkpoint).transformer
+    blocks = config.num_layers, config.num_single_layers
     steps = fields.get("num_inference_steps") or flux.checkpoint.preset.recipe(flux.settings.variant).steps
     choices = {choice.what: choice.value for choice in plan.choices}
     facts = {"dtype": plan.dtype, "steps": steps, "compiles": plan.compile != "off", "plan": choices}
     return Loaded(draw, facts)
+
+
+def blocks_skipped(courses: Sequence[Course], blocks: tuple[int, int]) -> tuple[int, int]:
+    """How many times a double and a single block were left out, of so many ``blocks``; where a cache probes, the first is not."""
+    double = sum(len(skipped) * (blocks[0] - probes) for probes, skipped in courses)
+    return double, sum(len(skipped) for _, skipped in courses) * blocks[1]
 
 
 def in_another_dtype(subject: Subject) -> Loaded:
@@ -89,8 +103,8 @@ def mine(name: str, note: str, variant: str, acceleration: str, group: Group = "
     return Contender(name, group, note, partial(ours, variant=variant, acceleration=acceleration, **wishes))
 
 
-def theirs(name: str, note: str, change: Callable[..., None], **needs: Any) -> Contender:
-    return Contender(name, "peer", note, partial(peers.pipeline, change=change), **needs)
+def theirs(name: str, note: str, change: peers.Change, **needs: Any) -> Contender:
+    return Contender(name, "peer", note, partial(peers.pipeline, change=change), change=change, **needs)
 
 
 OFFLOAD = {
@@ -111,6 +125,10 @@ CONTENDERS: dict[str, Contender] = {
         mine("standard, high, int8", "with 8-bit weights", "standard", "high", quantize="builtin-int8"),
         mine("turbo", "the turbo variant (8 steps), regular", "turbo", "regular"),
         mine("flash", "the flash variant (4 steps), regular", "flash", "regular"),
+        *(
+            replace(mine(f"{variant}, {tier}", f"the {variant} variant, {tier}", variant, tier), usual=False)
+            for variant in ("turbo", "flash") for tier in ("none", "high")
+        ),
         Contender("none, another dtype", "floor", "rounding: none in bfloat16 (float32 where none is 16 bit)", in_another_dtype),
         mine("none, another kernel", "rounding: none with attention written out", "standard", "none", "floor",
              attention="sdpa-math"),
@@ -132,8 +150,9 @@ CONTENDERS: dict[str, Contender] = {
 """Every contender by name, in the order of the results."""
 
 
-def select(names: list[str] | None) -> list[Contender]:
-    """The contenders that are named, with the two that the others are held against; all where none is named.
+def select(names: list[str] | None, every: bool = False) -> list[Contender]:
+    """The contenders that are named, with the two that the others are held against; where none is named the usual ones, or
+    ``every`` one.
 
     Raises:
         RequestError: a name that there is not.
@@ -141,4 +160,6 @@ def select(names: list[str] | None) -> list[Contender]:
     unknown = [name for name in names or () if name not in CONTENDERS]
     if unknown:
         raise RequestError(f"There is no contender {unknown[0]!r}. There are: {'; '.join(CONTENDERS)}.")
-    return [c for c in CONTENDERS.values() if not names or c.name in (*names, REFERENCE, BASE)]
+    if names:
+        return [c for c in CONTENDERS.values() if c.name in (*names, REFERENCE, BASE)]
+    return [c for c in CONTENDERS.values() if c.usual or every]

@@ -12,7 +12,7 @@ from .. import costs, files, load, rates, store
 from ..errors import OutputError, RequestError
 from ..hardware import probe
 from . import environment, results, runner
-from .contenders import Contender
+from .contenders import CONTENDERS, Contender
 from .subject import PROMPTS, Judged, Subject
 
 
@@ -114,6 +114,7 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
     reached = rates.measure(hardware.device, sorted({"float32", *hardware.fast_dtypes}), seconds=0.5)
     record |= {"rates": reached, "model": wanted.model, "steps": steps, **asdict(rules)}
     record |= {"prompts": prompts[: rules.rounds], "rounds_done": {}, "held_against": {}, "rows": [], "refused": {}}
+    record["not_asked"] = [name for name in CONTENDERS if name not in {c.name for c in wanted.contenders}]
     measured = Measured(record, path)
     for subject in subjects:
         fill(measured, subject, wanted, rules, prompts, say)
@@ -140,9 +141,9 @@ def fill(
     with suppress(KeyboardInterrupt):  # a second one; the loop has kept everything but what the judge says
         measured.note(subject, outcome, wanted.judged)
         if wanted.judged is not None:
-            right, asked = wanted.judged.ceiling(subject.width, subject.height, rules.rounds)
+            verdicts = "".join(wanted.judged.ceiling(subject.width, subject.height, rules.rounds))
             drawings = measured.record.setdefault("adherence_of_drawings", {})
-            drawings[subject.size] = f"{100 * right / asked:.0f} % of {asked}"
+            drawings[subject.size] = f"{100 * verdicts.count('1') / len(verdicts):.0f} % of {len(verdicts)}"
         measured.keep()
 
 

@@ -12,7 +12,7 @@ from .. import costs, load, store
 from ..errors import BudgetError, ModelError
 from ..hardware import probe, usable_cores
 from ..presets import show_bytes
-from .subject import GUIDANCE, Loaded, Subject
+from .subject import GUIDANCE, Loaded, Subject, Told
 
 if TYPE_CHECKING:
     from ..presets import ModelPreset
@@ -40,7 +40,7 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
     pipe.set_progress_bar_config(disable=True)
     (change or plain)(pipe, subject)
 
-    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, Told]:
         picture = pipe(
             prompt=prompt,
             width=subject.width,
@@ -51,7 +51,7 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
             max_sequence_length=preset.text_tokens,
             text_encoder_out_layers=preset.text_layers,
         ).images[0]
-        return np.asarray(picture), {}
+        return np.asarray(picture), Told(skipped=blocks_skipped(pipe.transformer))
 
     compiles = any(module._compiled_call_impl is not None for module in pipe.transformer.modules())
     return Loaded(draw, {"dtype": dtype, "steps": subject.steps, "compiles": compiles})
@@ -85,8 +85,19 @@ def cache_dit(pipe: Any, subject: Subject) -> None:
     import cache_dit as package
 
     plain(pipe, subject)
-    first = 8 if pipe.transformer.config.num_layers >= 8 else 1
-    package.enable_cache(pipe, cache_config=package.DBCacheConfig(Fn_compute_blocks=first))
+    package.enable_cache(pipe, cache_config=package.DBCacheConfig(Fn_compute_blocks=judging_blocks(pipe.transformer)))
+
+
+def judging_blocks(transformer: Any) -> int:
+    return 8 if transformer.config.num_layers >= 8 else 1
+
+
+def blocks_skipped(transformer: Any) -> tuple[int, int]:
+    """How many times cache-dit left out a double and a single block of the last picture; none where it is not used."""
+    lists = transformer.transformer_blocks, transformer.single_transformer_blocks
+    steps = [len(getattr(blocks, "_cached_steps", ())) for blocks in lists]
+    double, single = (len(blocks) - judging_blocks(transformer) for blocks in lists)
+    return steps[0] * double, steps[1] * single
 
 
 def cache_dit_compiled(pipe: Any, subject: Subject) -> None:
@@ -169,9 +180,9 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
             "a vocabulary of at least 151669, and says what else is wrong with verbose=True."
         ) from error
 
-    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, dict[str, float]]:
+    def draw(prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, Told]:
         work = {"width": subject.width, "height": subject.height, "sample_steps": steps or subject.steps}
         (picture,) = engine.generate_image(prompt, **work, cfg_scale=1.0, seed=seed)
-        return np.asarray(picture.convert("RGB")), {}
+        return np.asarray(picture.convert("RGB")), Told()
 
     return Loaded(draw, {"dtype": "float32", "steps": subject.steps, "compiles": False})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
+from math import cos, dist, pi, sin
 from pathlib import Path
 from typing import Any
 
 from ..errors import BackendUnavailableError, RequestError
 from ..files import replacing, write
+from .contenders import CONTENDERS
 from .metrics import SAME
-from .results import Row, adherence, figure, ratio, seconds, table
+from .results import READING, Row, adherence, figure, ratio, seconds, table
 
 EQUAL = 60.0
 """Decibels at which equal pictures are drawn, whose PSNR has no bound."""
@@ -22,7 +25,7 @@ BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
 """Between these lines of a page :func:`put` writes."""
 
 OTHER_PICTURES = ("turbo", "flash")
-"""Contenders that may draw other pictures by design, so that their PSNR is no measure of quality."""
+"""Variants that may draw other pictures by design, so that their PSNR is no measure of quality."""
 
 
 def read_rows(record: dict[str, Any]) -> list[Row]:
@@ -65,7 +68,17 @@ def ratios(record: dict[str, Any], source: str) -> str:
     if drawings := record.get("adherence_of_drawings"):
         ceilings = ", ".join(f"{share} at {size}" for size, share in drawings.items())
         lines += ["", f"The judge finds {ceilings} in drawings that show everything."]
+    lines += ["", absent] if (absent := not_measured(record)) else []
     return "\n".join(lines) + "\n"
+
+
+def not_measured(record: dict[str, Any]) -> str:
+    """The contenders that have neither a figure nor a reason, in a sentence; "" where there are none."""
+    spoken = {row["name"] for row in record["rows"]}.union(*record["refused"].values())
+    asked = record.get("not_asked")
+    names = [name for name in CONTENDERS if name not in spoken] if asked is None else asked
+    why = "The result does not say why it has no figures of" if asked is None else "Not asked for in this run"
+    return f"{why}: {'; '.join(names)}." if names else ""
 
 
 def rounds(record: dict[str, Any]) -> str:
@@ -122,15 +135,17 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
         "",
     ]
     lines += [f"![Seconds against PSNR at {size}]({path.name})" for size, path in zip(sizes, plots, strict=True)]
-    lines += ["", table(rows), "", *(f"- **{name}**: {note}" for name, note in {r.name: r.note for r in rows}.items())]
+    lines += ["", table(rows), "", READING, ""]
+    lines += [f"- **{name}**: {note}" for name, note in {r.name: r.note for r in rows}.items()]
     refused = [f"- {name} at {size}: {why}" for size, whys in record["refused"].items() for name, why in whys.items()]
     lines += ["", "Not run, or not to the end:", "", *refused] if refused else []
+    lines += ["", absent] if (absent := not_measured(record)) else []
     return [write(page, ("\n".join(lines) + "\n").encode()), *plots]
 
 
 def environment(record: dict[str, Any]) -> list[str]:
     """Where the figures come from, a line each."""
-    figures = {"rows", "refused", "model", "steps", "rounds", "rounds_done", "prompts"}
+    figures = {"rows", "refused", "not_asked", "model", "steps", "rounds", "rounds_done", "prompts"}
     return [f"- {name}: {value}" for name, value in record.items() if name not in figures]
 
 
@@ -149,14 +164,16 @@ def height(row: Row) -> float:
     return min(row.psnr, EQUAL)
 
 
-CLOSE = 1.5
-"""Decibels between two names that would be written over each other."""
+REACH, LED = 7.0, 14.0
+"""In points: half the side of what a mark or a number takes in the plot, and how far a number is from its mark where a line leads
+there."""
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
 
-    :data:`OTHER_PICTURES` are marks on the time axis, and so are those that took more than the limit, with what it was.
+    :data:`OTHER_PICTURES` are marks at the lower edge, and those that took more than the limit at the upper one, at what it was.
+    Marks are numbered in the order of the rows; what the numbers mean stands beside the plot.
     """
     try:
         from matplotlib.figure import Figure
@@ -164,43 +181,97 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise BackendUnavailableError(
             f"Plots need a package that is not installed ({error.name}): pip install 'flux2-local[bench]'."
         ) from error
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    same = [row for row in rows if row.name not in OTHER_PICTURES and row.psnr is not None and not row.more_than]
-    for group, colour in COLOURS.items():
-        mine = [row for row in same if row.group == group]
-        if mine:
-            axes.scatter(
-                [r.seconds for r in mine], [height(r) for r in mine], color=colour, label=LEGEND[group], zorder=3
-            )
-    named: list[Row] = []
-    for row in sorted(same, key=height, reverse=True):
-        near = sum(2 / 3 < row.seconds / r.seconds < 1.5 and height(r) - height(row) < CLOSE for r in named)
-        place = (6, 4 - 10 * near)  # names of neighbours stand below each other
-        axes.annotate(row.name, (row.seconds, height(row)), xytext=place, textcoords="offset points", fontsize=8)
-        named.append(row)
+    figure = Figure(figsize=(10.5, 5.5), dpi=120, layout="constrained")
+    axes, key = figure.subplots(1, 2, width_ratios=(7, 2.6))
+    shown = [row for row in rows if row.psnr is not None or row.more_than]
+    same = [row for row in shown if row.psnr is not None and not row.more_than and not other_picture(row)]
     edge = frontier(same)
     axes.plot([r.seconds for r in edge], [height(r) for r in edge], color="#9ca3af", linewidth=1, zorder=1)
-    for row in rows:
-        if row not in same:
-            axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":")
-            name = f"{row.name}: more than {row.seconds:g} s" if row.more_than else row.name
-            axes.annotate(
-                name,
-                (row.seconds, 0.98 if row.more_than else 0.02),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                fontsize=8,
-                va="top" if row.more_than else "bottom",
-            )
     axes.set_xscale("log")
+    axes.margins(x=0.08, y=0.15)
+    points = []
+    for row in shown:
+        up, mark = (height(row), "o") if row in same else (0.97, ">") if row.more_than else (0.03, "^")
+        points.append((row.seconds, up, axes.transData if row in same else axes.get_xaxis_transform()))
+        axes.scatter([row.seconds], [up], color=COLOURS[row.group], marker=mark, transform=points[-1][2], zorder=3)
+        if row not in same:
+            axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":", zorder=1)
     axes.set_xlabel("seconds a picture, median (logarithmic)")
     axes.set_ylabel(f"PSNR against none, dB (equal pictures at {EQUAL:g})")
     axes.set_title(f"{rows[0].size}: the upper left is better")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=len(LEGEND))
+    explain(key, shown)
+    figure.draw_without_rendering()  # from here on places in the plot are final
+    number(axes, points)
     with replacing(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+        figure.savefig(part, format="png")
+
+
+def other_picture(row: Row) -> bool:
+    """Whether it may draw another picture than the reference by design, so that PSNR is no measure of its quality."""
+    return row.name.partition(",")[0] in OTHER_PICTURES
+
+
+def explain(key: Any, rows: Sequence[Row]) -> None:
+    """What the numbers and the colours mean, in axes of their own."""
+    from matplotlib.lines import Line2D
+
+    key.axis("off")
+    step = 0.8 / max(len(rows), 14)
+    for place, row in enumerate(rows):
+        text = f"{place + 1}  {row.name}: {seconds(row)} s"
+        if row.psnr is not None and not row.more_than and not other_picture(row):
+            text += ", equal" if row.psnr >= SAME else f", {row.psnr:.1f} dB"
+        key.text(0, 1 - place * step, text, color=COLOURS[row.group], fontsize=8, va="top", transform=key.transAxes)
+    marks = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=LEGEND[group]) for group, colour in COLOURS.items()
+    ]
+    marks.append(Line2D([], [], color="#374151", marker="^", linestyle="", label="other pictures by design"))
+    if any(row.more_than for row in rows):
+        marks.append(Line2D([], [], color="#374151", marker=">", linestyle="", label="stopped at the limit"))
+    key.legend(handles=marks, loc="lower left", fontsize=8, frameon=False)
+
+
+def number(axes: Any, points: Sequence[tuple[float, float, Any]]) -> None:
+    """Write each mark's number beside it, with a line to it where it stands further off or others are near.
+
+    Args:
+        points: where the marks are, and the transform that this is to be read by.
+    """
+    pixels = 72 / axes.figure.dpi  # points in one
+    marks = [tuple(pixels * float(n) for n in transform.transform((x, y))) for x, y, transform in points]
+    for place, (point, mark, (x, y)) in enumerate(zip(points, marks, places(marks), strict=True)):
+        aside = x - mark[0], y - mark[1]
+        clear = all(dist((x, y), other) > LED + dist((x, y), mark) for other in marks if other != mark)
+        line = {"arrowstyle": "-", "color": "#6b7280", "lw": 0.6, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate(
+            str(place + 1), point[:2], aside, xycoords=point[2], textcoords="offset points", ha="center", va="center",
+            fontsize=8, zorder=4, annotation_clip=False,
+            arrowprops=None if clear and max(map(abs, aside)) <= LED else line,
+        )  # fmt: skip
+
+
+def places(marks: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where the numbers of ``marks`` stand, in points: as near as can be, on no mark and no other number, and unless they are so far
+    that a line leads to the mark no nearer to another one."""
+    found: list[tuple[float, float]] = []
+    for mark in marks:
+        for far, angle in ((far, angle) for far in count(14.0, 4.0) for angle in ANGLES):
+            place = mark[0] + far * cos(angle), mark[1] + far * sin(angle)
+            led = max(abs(place[0] - mark[0]), abs(place[1] - mark[1])) > LED
+            free = all(apart(place, taken) for taken in (*marks, *found))
+            if free and (led or all(dist(place, mark) <= dist(place, other) for other in marks)):
+                found.append(place)
+                break
+    return found
+
+
+ANGLES = [pi / 4 + i * pi / 6 for i in range(12)]
+"""Where numbers are tried around a mark: to the upper right first."""
+
+
+def apart(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two squares of twice :data:`REACH` less a little do not touch."""
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= 1.4 * REACH

@@ -46,15 +46,21 @@ class Row:
         host_bytes, device_bytes: peaks: resident memory of its process (mapped weights included), and allocated on a card; 0
             where it is not known.
         tflop_per_s: of the model's arithmetic, as if no step were skipped and nothing were computed twice.
-        share: of the matrix product rate measured in its dtype.
+        share: what was computed (``tflop_per_s`` less what was skipped) of the matrix product rate measured in its dtype; in
+            results without ``skipped`` of ``tflop_per_s`` itself, and so at most that.
         stages: median seconds per stage, where it tells them.
         plan: what runs, for ours.
         adherence, asked: of the ``asked`` things that the prompts ask for, the share that a judge finds in the pictures, in
-            percent; None and 0 where nobody judged.
+            percent; None and 0 where nobody judged. ``verdicts`` has a "1" or a "0" per thing and a text per picture.
+        adherence_change, adherence_error: points that it has more than the exact tier in the same things, and the standard error
+            of that, things of one picture taken together; None where there are fewer than two pictures.
         first_steps: None for all of them.
         limit: the last of ``samples`` where that is no picture's but the seconds at which it was stopped.
         more_than: the median falls on such a sample: it took more than ``seconds``, and ``ratio``, ``tflop_per_s`` and ``share``
             are at most what they say.
+        skipped: how many times a picture left out a double and a single block, on the average; None where nobody kept that.
+        copy_share: of the measured copy rate, the bytes that denoising cannot but move (:func:`costs.step_bytes`); None where its
+            seconds are not told.
     """
 
     size: str
@@ -87,6 +93,11 @@ class Row:
     first_steps: int | None = None
     limit: float | None = None
     more_than: bool = False
+    verdicts: list[str] = field(default_factory=list)
+    adherence_change: float | None = None
+    adherence_error: float | None = None
+    skipped: list[float] | None = None
+    copy_share: float | None = None
 
 
 def references(outcome: Outcome) -> tuple[str, str] | None:
@@ -124,8 +135,11 @@ def row(
     near = mean([quality(a, b) for a, b in zip(against.drawn, taken.drawn, strict=False)])
     ratios = [stock.seconds / own for stock, own in zip(base.drawn, samples, strict=False)]
     seconds = statistics.median(samples)
-    rate = flops(subject, steps) / seconds
-    stages = taken.drawn[0].stages if taken.drawn else {}
+    skipped = [statistics.mean(column) for column in zip(*(one.skipped for one in taken.drawn), strict=True)] or [0, 0]
+    due, spared = flops(subject, steps), flops_spared(subject, skipped)
+    told = taken.drawn[0].stages if taken.drawn else {}
+    stages = {k: statistics.median(one.stages.get(k, 0.0) for one in taken.drawn) for k in told}
+    moved = bytes_moved(subject, steps, skipped, dtype)
     return Row(
         size=subject.size,
         name=name,
@@ -146,15 +160,17 @@ def row(
         first_seconds=taken.first_seconds,
         host_bytes=taken.memory.get("host", 0),
         device_bytes=taken.memory.get("device", 0),
-        tflop_per_s=rate / 1e12,
-        share=rate / rates[dtype],
+        tflop_per_s=due / seconds / 1e12,
+        share=(due - spared) / seconds / rates[dtype],
         samples=samples,
         ratios=ratios,
-        stages={k: statistics.median(one.stages.get(k, 0.0) for one in taken.drawn) for k in stages},
+        stages=stages,
         plan=taken.facts.get("plan", {}),
         first_steps=taken.first_steps,
         limit=taken.exceeded,
         more_than=taken.exceeded is not None and statistics.median([*finished, math.inf]) == math.inf,
+        skipped=skipped,
+        copy_share=moved / stages["denoise"] / rates["copy"] if stages.get("denoise") and "copy" in rates else None,
     )
 
 
@@ -177,24 +193,81 @@ def quality(want: Drawn, got: Drawn) -> Quality:
 @cache
 def flops(subject: Subject, steps: int) -> float:
     """FLOPs of one picture with every step computed."""
-    arch = load.architecture(store.find(subject.model, "standard"))
-    work = Work(subject.width, subject.height, steps)
+    arch, work = architecture(subject), Work(subject.width, subject.height, steps)
     decode = costs.decode_flops(arch, subject.width, subject.height)
     return costs.encode_flops(arch) + steps * costs.step_flops(arch, work) + decode
 
 
+def architecture(subject: Subject) -> costs.Architecture:
+    return load.architecture(store.find(subject.model, "standard"))
+
+
+def flops_spared(subject: Subject, skipped: Sequence[float]) -> float:
+    """FLOPs of so many double and single blocks left out."""
+    arch = architecture(subject)
+    tokens = arch.tokens(subject.width, subject.height) + arch.text_tokens
+    each = costs.one_block_flops(arch, tokens, tokens)
+    return sum(count * one for count, one in zip(skipped, each, strict=True))
+
+
+def bytes_moved(subject: Subject, steps: int, skipped: Sequence[float], dtype: str) -> float:
+    """Bytes that denoising a picture cannot but move, in proportion to the arithmetic where blocks are left out."""
+    arch, work = architecture(subject), Work(subject.width, subject.height)
+    computed = 1 - flops_spared(subject, skipped) / (steps * costs.step_flops(arch, work))
+    return steps * computed * costs.step_bytes(arch, work, dtype)
+
+
 def with_adherence(rows: Sequence[Row], outcome: Outcome, judged: Judged) -> list[Row]:
     """The rows with what the judge finds in the pictures that they are of."""
-    found = []
-    for row in rows:
-        right, asked = judged.judge(pictures) if (pictures := outcome.samples[row.name].pictures) else (0, 0)
-        found.append(replace(row, adherence=100 * right / asked, asked=asked) if asked else row)
-    return found
+    drawn = {row.name: outcome.samples[row.name].pictures for row in rows}
+    found = {name: judged.judge(pictures) for name, pictures in drawn.items() if pictures}
+    against = found.get((references(outcome) or ("",))[0], [])
+    return [with_verdicts(row, found.get(row.name, []), against) for row in rows]
+
+
+def with_verdicts(row: Row, verdicts: list[str], against: list[str]) -> Row:
+    """The row with its pictures' verdicts, and how they differ from ``against``."""
+    asked = sum(map(len, verdicts))
+    if not asked:
+        return row
+    change, error = paired(against, verdicts)
+    return replace(
+        row,
+        adherence=100 * "".join(verdicts).count("1") / asked,
+        asked=asked,
+        verdicts=verdicts,
+        adherence_change=change,
+        adherence_error=error,
+    )
+
+
+def paired(before: Sequence[str], after: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+    """How many points of a hundred ``after`` has more in the same things, and the standard error of that.
+
+    Pictures are independent and the things in one are not, so that the error is that of a ratio of sums over pictures. Nothing where
+    both have fewer than two.
+    """
+    pairs = list(zip(before, after, strict=False))
+    if len(pairs) < 2:
+        return None, None
+    gains, sizes = [b.count("1") - a.count("1") for a, b in pairs], [len(a) for a, _ in pairs]
+    share, count = sum(gains) / sum(sizes), len(pairs)
+    apart = sum((gain - share * size) ** 2 for gain, size in zip(gains, sizes, strict=True))
+    return 100 * share, 100 * math.sqrt(count / (count - 1) * apart) / sum(sizes)
 
 
 def adherence(row: Row) -> str:
-    """With how many things it is a share of, or "" where nobody judged."""
-    return "" if row.adherence is None else f"{row.adherence:.0f} % of {row.asked}"
+    """With how many things it is a share of and how far it is from the exact tier's, or "" where nobody judged."""
+    if row.adherence is None:
+        return ""
+    far = "" if row.adherence_change is None else f" ({row.adherence_change:+.1f} ± {row.adherence_error:.1f})"
+    return f"{row.adherence:.0f} % of {row.asked}{far}"
+
+
+def share(row: Row) -> str:
+    """Of the product rate, or what it is at most."""
+    bound = "< " if row.more_than else "≤ " if row.skipped is None else ""
+    return f"{bound}{row.share:.0%}"
 
 
 def figure(value: float | None, form: str) -> str:
@@ -212,16 +285,24 @@ def ratio(row: Row) -> str:
     return "" if row.ratio is None else f"{'< ' if row.more_than else ''}{row.ratio:.2f}"
 
 
+READING = (
+    "Of products: FLOPs that were computed, those of skipped steps left out, of what matrix products of the same type reach here; "
+    "≤ where a result does not say what was skipped. Of copies: bytes that the linear layers of denoising must move, of what a "
+    "copy reaches; of ours, which tell the seconds of denoising. Adherence: in brackets the points more than the exact tier in the "
+    "same things, ± the standard error."
+)
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table; :data:`READING` says how to read it."""
     head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
-            "share")  # fmt: skip
+            "of products", "of copies")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [
         f"| {r.size} | {r.name} | {seconds(r)} | {r.fastest:.2f}–{'> ' if r.limit else ''}{r.slowest:.2f} | {ratio(r)} "
         f"| {figure(r.psnr, '.1f')} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
         f"| {adherence(r)} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
-        f"| {r.first_seconds:.1f} | {'< ' if r.more_than else ''}{r.share:.0%} |"
+        f"| {r.first_seconds:.1f} | {share(r)} | {figure(r.copy_share, '.0%')} |"
         for r in rows
     ]
     return "\n".join(lines)

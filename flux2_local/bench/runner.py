@@ -99,7 +99,7 @@ class Worker:
         self._errors.close()
 
     def draw(self, prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, frames.Message]:
-        """A picture, uint8 [H, W, 3], and what the process says about it: seconds, stages, memory.
+        """A picture, uint8 [H, W, 3], and what the process says about it: seconds, stages, blocks skipped, memory.
 
         Args:
             steps: of denoising; as many as the contender takes where None.
@@ -149,11 +149,12 @@ class Worker:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """One picture, uint8 [H, W, 3], the seconds of the whole call, and those of each stage where the contender tells them."""
+    """One picture, uint8 [H, W, 3], the seconds of the whole call, and what the contender told of it (:class:`.subject.Told`)."""
 
     picture: np.ndarray
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+    skipped: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -187,7 +188,7 @@ class Samples:
         return [*(one.seconds for one in self.drawn), *([] if self.exceeded is None else [self.exceeded])]
 
     def add(self, picture: np.ndarray, facts: frames.Message) -> None:
-        self.drawn.append(Drawn(picture, facts["seconds"], facts["stages"]))
+        self.drawn.append(Drawn(picture, facts["seconds"], facts["stages"], tuple(facts["skipped"])))
         self.reached(facts["memory"])
 
     def reached(self, memory: dict[str, int]) -> None:

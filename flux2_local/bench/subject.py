@@ -30,14 +30,14 @@ class Judged:
 
     Attributes:
         prompts: drawn instead of :data:`PROMPTS`, round after round from the first.
-        judge: (pictures of the first rounds, uint8 [H, W, 3]) -> how many of the things that their prompts ask for they show,
-            and how many are asked for.
+        judge: (pictures of the first rounds, uint8 [H, W, 3]) -> for each a "1" or a "0" per thing that its prompt asks for, in an
+            order that is the prompt's: whether it shows it.
         ceiling: (width, height, rounds) -> the same of pictures that show everything: what the judge itself gets wrong.
     """
 
     prompts: Sequence[str]
-    judge: Callable[[Sequence[np.ndarray]], tuple[int, int]]
-    ceiling: Callable[[int, int, int], tuple[int, int]]
+    judge: Callable[[Sequence[np.ndarray]], list[str]]
+    ceiling: Callable[[int, int, int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,21 @@ class Subject:
         return f"{self.width}×{self.height}"
 
 
-Draw = Callable[[str, int, int | None], "tuple[np.ndarray, dict[str, float]]"]
-"""(prompt, seed, steps; None: as many as the contender takes) -> a picture, uint8 [H, W, 3], and seconds per stage where they
-are known."""
+@dataclass(frozen=True)
+class Told:
+    """What a contender says of a picture.
+
+    Attributes:
+        stages: seconds each, where they are known.
+        skipped: how many times a double and a single block were left out.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    skipped: tuple[int, int] = (0, 0)
+
+
+Draw = Callable[[str, int, int | None], "tuple[np.ndarray, Told]"]
+"""(prompt, seed, steps; None: as many as the contender takes) -> a picture, uint8 [H, W, 3], and what there is to say of it."""
 
 
 @dataclass(frozen=True)

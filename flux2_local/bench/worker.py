@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -27,9 +28,9 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
         tell(loaded.facts)
         while (frame := frames.read(source)) is not None:
             start = time.perf_counter()
-            picture, stages = loaded.draw(frame[0]["prompt"], frame[0]["seed"], frame[0]["steps"])
+            picture, told = loaded.draw(frame[0]["prompt"], frame[0]["seed"], frame[0]["steps"])
             seconds = time.perf_counter() - start
-            facts = {"shape": picture.shape, "stages": stages, "memory": memory(subject.device)}
+            facts = {"shape": picture.shape, **asdict(told), "memory": memory(subject.device)}
             tell({"seconds": seconds, **facts}, picture.tobytes())
     except Exception as error:  # whatever a contender fails with is its result
         tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})

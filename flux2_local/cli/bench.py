@@ -19,7 +19,7 @@ app = typer.Typer(
     "Every contender draws the same prompts with the same seeds in turn, round after round, each in a process of its own. "
     "Quality is held against `standard, none`, the pixels of diffusers' pipeline; the contenders `none, another dtype` and "
     "`none, another kernel` show what rounding alone does. One that cannot run here, fails or exceeds --limit is recorded with "
-    "its reason. Ctrl-C leaves the result of what was measured by then.",
+    "its reason, and so is what was not asked for. Ctrl-C leaves the result of what was measured by then.",
 )
 SIZES = ("512x512", "1024x768")
 
@@ -44,6 +44,9 @@ def bench(
             help="A contender by name, and the two that others are held against; may be repeated (a wrong name lists them).",
         ),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every contender: the exact and the high tier of turbo and flash too.")
+    ] = False,
     apart: Annotated[
         bool | None,
         typer.Option(
@@ -76,6 +79,7 @@ def bench(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
+    from ..bench import report as reporting
     from ..bench import results
     from ..bench.contenders import select
     from ..bench.measurement import Wanted, measure
@@ -86,7 +90,7 @@ def bench(
         make_request("standard", {"prompt": "a", "image_size": options.parse_size(s)}).size for s in size or SIZES
     ]
     rules = Rules(rounds, apart, warm_steps, limit)
-    wanted = Wanted(model, shapes, select(only), rules, steps, device, out, context.obj)
+    wanted = Wanted(model, shapes, select(only, every), rules, steps, device, out, context.obj)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measured = measure(wanted, lambda line: typer.echo(line, err=True))
@@ -100,6 +104,8 @@ def bench(
         ran = {row.name for row in rows if row.size == where}
         for name, why in refused.items():
             print(f"{'stopped' if name in ran else 'not run'} at {where}: {name}: {why}")
+    if absent := reporting.not_measured(record):
+        print(absent)
     print(f"written: {measured.path}")
     if measured.stopped:
         done = ", ".join(f"{done} of {rounds} rounds at {where}" for where, done in record["rounds_done"].items())

@@ -1,6 +1,6 @@
 """The text encoders' language models (Mistral-3 for dev, Qwen3 for klein), cut to the layers whose hidden states are read.
 
-Only encoding happens here; prompt expansion runs the whole model through transformers (:mod:`flux2_local.text.expand`).
+What encoding leaves out is a :class:`Remainder`, which prompt expansion adds (:mod:`flux2_local.text.expand`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class LanguageConfig:
     rms_norm_eps: float
     rope_theta: float
     qk_norm: bool
+    tied: bool = False
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> LanguageConfig:
@@ -60,6 +61,7 @@ class LanguageConfig:
             rms_norm_eps=text["rms_norm_eps"],
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 10000.0,
             qk_norm=kind == "qwen3",
+            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         )
 
 
@@ -75,6 +77,28 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+class Past:
+    """Keys and values of the tokens that one layer has read, for those that follow.
+
+    Args:
+        c: the model.
+        length: tokens that there is room for.
+        dtype, device: of the layer's activations.
+    """
+
+    def __init__(self, c: LanguageConfig, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.held = torch.empty(2, 1, c.num_key_value_heads, length, c.head_dim, dtype=dtype, device=device)
+        self.length = 0
+
+    def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H, n, d] of the next n tokens -> those of all so far."""
+        begin, self.length = self.length, self.length + k.shape[2]
+        for held, new in zip(self.held, (k, v), strict=True):
+            held[:, :, begin : self.length] = new
+        keys, values = self.held[:, :, :, : self.length]
+        return keys, values
+
+
 class SelfAttention(nn.Module):
     def __init__(self, c: LanguageConfig) -> None:
         super().__init__()
@@ -86,11 +110,17 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past: Past | None = None
+    ) -> Tensor:
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q).transpose(1, 2), rotary), rotate(self.k_norm(k).transpose(1, 2), rotary)
-        k, v = (t.repeat_interleave(self.groups, 1) if self.groups > 1 else t for t in (k, v.transpose(1, 2)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        v = v.transpose(1, 2)
+        if past is not None:
+            k, v = past.add(k, v)
+        k, v = (t.repeat_interleave(self.groups, 1) if self.groups > 1 else t for t in (k, v))
+        causal = mask is None and q.shape[2] == k.shape[2]  # a token alone sees all that came before it
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -122,8 +152,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = GatedMLP(c)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past: Past | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -180,3 +212,21 @@ class LanguageModel(nn.Module):
             if number in self.read:
                 kept.append(x)
         return torch.cat(kept, -1)
+
+
+class Remainder(nn.Module):
+    """What encoding leaves out of a language model: the layers after those of :class:`LanguageModel`, the norm and the head.
+
+    Args:
+        config: the checkpoint's architecture.
+        read: layers that :class:`LanguageModel` has.
+
+    Attributes:
+        head: None where the embedding's weights are the head's too.
+    """
+
+    def __init__(self, config: LanguageConfig, read: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers - read))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -36,9 +36,13 @@ class Later:
     def __init__(self, load: Callable[[], Hold]) -> None:
         self.load = load
         self.hold: Hold | None = None
+        self.held: ComponentPlan | None = None
 
     def __call__(self) -> AbstractContextManager[None]:
-        self.hold = self.hold or self.load()
+        if self.hold is None:
+            self.hold = self.load()
+            if self.held is not None:
+                adapt(self.hold, self.held)
         return self.hold()
 
 
@@ -46,5 +50,17 @@ def adapt(hold: Hold, held: ComponentPlan) -> None:
     """Let other blocks stay from the next use on, where the network streams."""
     from .streamed import Streamed
 
+    if isinstance(hold, Later):
+        hold.held = held
+        if hold.hold is not None:
+            adapt(hold.hold, held)
     if isinstance(hold, Streamed) and held.placement == "streamed":
         hold.stay = frozenset(held.stay)
+
+
+def release(hold: Hold) -> None:
+    """Let go of a network that will not be used again."""
+    from .streamed import Streamed
+
+    if isinstance(hold, Streamed):
+        hold.release()

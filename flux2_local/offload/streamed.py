@@ -50,14 +50,15 @@ class Streamed:
         self._rest = [entry for entry in hung(network) if id(entry[0][0]) not in inside]
         for block in self.blocks:
             link.keep(block)
+        self._hooks = []
         for number, module in enumerate(modules):
-            module.register_forward_pre_hook(partial(self._before, number))
-            module.register_forward_hook(partial(self._after, number))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._before, number)))
+            self._hooks.append(module.register_forward_hook(partial(self._after, number)))
         if schedule:
-            schedule[0].register_forward_pre_hook(self._visit)
+            self._hooks.append(schedule[0].register_forward_pre_hook(self._visit))
         if hosted is not None:
-            hosted.register_forward_pre_hook(lambda _, args: tuple(a.cpu() for a in args))
-            hosted.register_forward_hook(lambda _, __, rows: rows.to(self.link.device))
+            self._hooks.append(hosted.register_forward_pre_hook(lambda _, args: tuple(a.cpu() for a in args)))
+            self._hooks.append(hosted.register_forward_hook(lambda _, __, rows: rows.to(self.link.device)))
         self._visiting = self._active = False
         self._here: dict[int, tuple[Tensor, Mark]] = {}
         self._ring: deque[tuple[Tensor, Mark]] = deque()
@@ -65,6 +66,11 @@ class Streamed:
 
     def __call__(self) -> AbstractContextManager[None]:
         return self._held()
+
+    def release(self) -> None:
+        """Leave the network alone from here on, so that it, and its host buffers with it, go when nobody has it any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def _held(self) -> Iterator[None]:

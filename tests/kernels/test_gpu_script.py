@@ -55,8 +55,8 @@ def test_dry_run_of_the_models_parts(tmp_path: Path) -> None:
     ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--out", str(tmp_path))
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
     found = {path.name.partition("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "regular", "high"]
-    assert len(found["budgets"]["rows"]) == 3 and not any("error" in row for row in found["budgets"]["rows"])
+    assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "high, int8"]
+    assert len(found["budgets"]["rows"]) == 2 and not any("error" in row for row in found["budgets"]["rows"])
 
 
 @needs_triton
