@@ -25,7 +25,7 @@ from .model.blocks import SCHEDULE, repeated
 from .model.language import Layer, Past
 from .model.meta import meta
 from .model.native import NATIVE
-from .model.ops import REFERENCE, Ops, Rotary
+from .model.ops import REFERENCE, Input, Ops, Pair, Quantizer, Rotary, Rows, sdpa
 from .model.transformer import Flux2Transformer, Kept, Modulation
 from .offload.streamed import HOSTED, RING
 from .offload.tensors import ALIGNMENT, hung
@@ -126,15 +126,34 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype)
 
 
-def _rotated(x: Tensor, weight: Tensor, rotary: Rotary, out: Tensor | None) -> Tensor:
-    return _like(x) if out is None else out
+def _normal(x: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None) -> Input:
+    return _like(x) if into is None else into(x)
+
+
+def _residual(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None
+) -> tuple[Tensor, Input]:
+    return _like(x), _normal(x, shift, scale, into)
+
+
+def _rotated(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Rotary, out: Pair | None) -> Pair:
+    return (_like(q), _like(k)) if out is None else out
 
 
 def _gated(x: Tensor, out: Tensor | None) -> Tensor:
     return torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype) if out is None else out
 
 
-FUSED = Ops(modulated_norm=_like, gated_residual=_like, qk_norm_rope=_rotated, swiglu=_gated, attend=_like)
+def _gated_rows(x: Tensor, into: Quantizer, left: Tensor | None) -> Rows:
+    width = x.shape[-1] // 2 + (0 if left is None else left.shape[-1])
+    return Rows(*_quantized(x, into.dtype, 0, width))
+
+
+def _quantized(x: Tensor, dtype: torch.dtype, rotation: int, width: int = 0) -> tuple[Tensor, Tensor]:
+    return torch.empty(*x.shape[:-1], width or x.shape[-1], dtype=dtype), torch.empty(*x.shape[:-1], 1)
+
+
+FUSED = Ops(_normal, _residual, _rotated, _gated, _gated_rows, sdpa)
 """What the Triton kernels allocate."""
 
 WRITING = ("matmul", "sdpa-math")
@@ -356,16 +375,20 @@ def stand_in(form: quant.Format, setup: Setup) -> Callable[[nn.Linear], nn.Modul
         from .quant import builtin
 
         return lambda layer: builtin.quantize(layer.weight, form, DTYPES[setup.dtype], torch.device("cpu"))
-    return lambda layer: _Replaced(layer, form)
+    return lambda layer: _Replaced(layer, form, DTYPES[setup.dtype])
 
 
 class _Replaced(nn.Module):
-    def __init__(self, layer: nn.Linear, form: quant.Format) -> None:
+    def __init__(self, layer: nn.Linear, form: quant.Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
+        self.rows, self.columns, self.form, self.dtype = layer.out_features, layer.in_features, form, dtype
+        quantizes = form.backend == "builtin" and (form.rounded or not form.group)
+        self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        held = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8)
+    def forward(self, x: Input) -> Tensor:
+        if isinstance(x, Rows):
+            return torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
+        held: object = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8)
         if self.form.backend != "builtin":
             held = torch.empty(self.rows, self.columns, dtype=x.dtype)
         out = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)

@@ -46,13 +46,13 @@ def row(tokens: int, channels: int, columns: int) -> dict[str, float]:
     x = torch.randn((1, tokens, channels), generator=draw)
     half, half_weight = x.bfloat16(), weight.bfloat16()
     layer = quantize(weight, FORMATS["builtin-int8"], torch.bfloat16, torch.device("cpu"))
-    values, _ = layer.arithmetic.quantize(half, torch.int8, 0)
+    values, _ = layer.quantizer(half)
     flat, turned = values[0], layer.weight.t()
     calls: dict[str, Callable[[], object]] = {
         "float32": lambda: F.linear(x, weight),
         "bfloat16": lambda: F.linear(half, half_weight),
         "int_mm": lambda: torch._int_mm(flat, turned),
-        "quantize": lambda: layer.arithmetic.quantize(half, torch.int8, 0),
+        "quantize": lambda: layer.quantizer(half),
         "layer": lambda: layer(half),
     }
     best = {name: milliseconds(call)[0] for name, call in calls.items()}

@@ -1,11 +1,12 @@
 """Bytes, operations and roofline time of each kernel at FLUX.2's shapes, per device of configs/devices.toml.
 
-    python scripts/roofline.py                     # dev and klein-4B, every device
+    python scripts/roofline.py                     # every model and device
     python scripts/roofline.py --device rtx-4090   # one device
     python scripts/roofline.py --csv               # the same table for a program
 
 No device is needed: the figures come from the ops' own counts and the vendors' data sheets times the share that large
-matmuls reach (`efficiency`). A card cannot be faster than its roofline; `scripts/gpu.py` measures how near it comes.
+matmuls reach (`efficiency`). A device cannot be faster than its roofline; `scripts/gpu.py` measures how near a card comes. On
+CPUs and Apple's chips, which run the ops as torch's own operators, it says what fusing them as the kernels do would leave.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ DEVICES = ROOT / "configs" / "devices.toml"
 
 
 def devices() -> dict[str, Rates]:
-    """The rates of each device that has an SM, by its name in the file."""
+    """The rates of each device by its name in the file, which gives int8 and fp8 products only through a card's SM."""
     table = tomllib.loads(DEVICES.read_text("utf-8"))
     return {
-        name: rates_of(row["sm"], row["tflops"] * row["efficiency"] * 1e12, row["memory_gbs"] * 1e9)
+        name: rates_of(row.get("sm", 0), row["tflops"] * row["efficiency"] * 1e12, row["memory_gbs"] * 1e9)
         for name, row in table.items()
-        if "sm" in row
     }
 
 
@@ -74,7 +74,7 @@ def main() -> int:
     known = devices()
     unknown = [name for name in options.device or () if name not in known]
     if unknown:
-        parser.error(f"no NVIDIA device {unknown[0]!r} in {DEVICES.name}; there are: {', '.join(known)}")
+        parser.error(f"no device {unknown[0]!r} in {DEVICES.name}; there are: {', '.join(known)}")
     chosen = {name: known[name] for name in options.device or known}
     table = [["op", "shape", "format", "MB", "Gop", *(f"{name} us" for name in chosen)], *rows(chosen)]
     if options.csv:
@@ -82,7 +82,8 @@ def main() -> int:
     else:
         show(table)
         print(
-            "us: roofline time in microseconds; mem: bound by device memory, mat: by matmul; -: the card lacks the format"
+            "us: roofline time in microseconds; mem: bound by device memory, mat: by matmul; "
+            "-: the device lacks the format, or its rate in it is not known"
         )
     return 0
 

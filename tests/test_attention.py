@@ -45,6 +45,11 @@ def check(attend, shape, dtype, tolerance=None):
     got = attend(q, k, v)
     assert got.shape == q.shape and got.dtype == dtype
     assert (got.double() - want).abs().max() <= (tolerance or TOLERANCE[dtype]) * want.abs().max()
+    batch, tokens, heads, channels = shape
+    wide = torch.full((batch, tokens, heads + 2, channels), torch.nan, dtype=dtype)
+    place = wide[:, :, 1:-1]
+    assert attend(q.clone(), k.clone(), v, place).data_ptr() == place.data_ptr()
+    assert torch.equal(place, got) and wide[:, :, [0, -1]].isnan().all()
 
 
 def problem(sm=None, kind="cuda", dtype="bfloat16", head_dim=128, described=True):

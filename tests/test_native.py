@@ -31,21 +31,39 @@ def test_the_norm_is_modulated(dtype, modulations):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_residual_is_added_and_then_normalised(dtype):
+    x, y = (3 * draw(2, 7, 24, dtype=dtype, seed=s) + 1 for s in (0, 3))
+    gate, shift, scale = (draw(1, 1, 24, dtype=dtype, seed=s) for s in (1, 2, 4))
+    total, normal = NATIVE.residual_norm(x, gate, y, shift, scale)
+    close(total, x.double() + gate.double() * y.double(), dtype)
+    assert torch.equal(normal, NATIVE.modulated_norm(total, shift, scale))
+
+
+def test_a_sum_past_float16_stays_finite():
+    x, one = torch.full((1, 3, 16), 6e4).half(), torch.ones(1, 1, 16).half()
+    for table in (NATIVE, REFERENCE):
+        total, normal = table.residual_norm(x, one, x, 0 * one, 0 * one)
+        assert (total == 65504).all() and normal.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("into", [False, True])
 def test_rows_are_normalised_and_rotated(dtype, into):
     """Out of a packed projection, and into part of a longer sequence."""
-    x = draw(2, 5, 3 * 48, dtype=dtype)[..., 48:96].unflatten(-1, (3, 16))
-    weight, angles = draw(16, dtype=dtype, seed=1), 9 * draw(5, 8, seed=2)
-    rotary = Rotary(angles.cos(), angles.sin())
-    normal = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + ops.EPS) * weight.double()
-    turned = torch.view_as_complex(normal.unflatten(-1, (-1, 2))) * torch.polar(
-        torch.ones(5, 1, 8).double(), angles.double()[:, None]
-    )
-    whole = torch.full((2, 9, 3, 16), torch.nan, dtype=dtype)
-    got = NATIVE.qk_norm_rope(x, weight, rotary, whole[:, 2:7] if into else None)
-    close(got, torch.view_as_real(turned).flatten(-2), dtype)
-    if into:
-        assert got.data_ptr() == whole[:, 2:7].data_ptr() and whole[:, :2].isnan().all() and whole[:, 7:].isnan().all()
+    packed, angles = draw(2, 5, 3 * 48, dtype=dtype), 9 * draw(5, 8, seed=2)
+    pair = [packed[..., i : i + 48].unflatten(-1, (3, 16)) for i in (0, 48)]
+    weights = [draw(16, dtype=dtype, seed=s) for s in (1, 3)]
+    whole = torch.full((2, 2, 9, 3, 16), torch.nan, dtype=dtype)
+    places = (whole[0, :, 2:7], whole[1, :, 2:7])
+    found = NATIVE.qk_norm_rope(*pair, *weights, Rotary(angles.cos(), angles.sin()), places if into else None)
+    for got, x, weight, place in zip(found, pair, weights, places, strict=True):
+        normal = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + ops.EPS) * weight.double()
+        turned = torch.view_as_complex(normal.unflatten(-1, (-1, 2))) * torch.polar(
+            torch.ones(5, 1, 8).double(), angles.double()[:, None]
+        )
+        close(got, torch.view_as_real(turned).flatten(-2), dtype)
+        assert (got.data_ptr() == place.data_ptr()) is into
+    assert whole[:, :, :2].isnan().all() and whole[:, :, 7:].isnan().all()
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_every_operation_and_linear_layer_is_a_part(profiled):
     calls = {(row.part, row.name): row.calls for row in rows if row.stage == "denoise"}
     parts = {part for part, _ in calls}
     assert steps == STEPS
-    assert {"modulated_norm", "gated_residual", "qk_norm_rope", "swiglu", "attend"} <= parts
+    assert {"modulated_norm", "residual_norm", "qk_norm_rope", "swiglu", "attend"} <= parts
     assert {"transformer_blocks.attn.to_q", "single_transformer_blocks.attn.to_qkv_mlp_proj", "proj_out"} <= parts
     assert calls["attend", "aten::scaled_dot_product_attention"] == STEPS * BLOCKS
     assert any(row.stage == "decode" and row.part == "decoder.conv_in" for row in rows)

@@ -6,6 +6,7 @@ import torch
 from benchmarks import synthetic
 from flux2_local.explore import family_architecture
 from flux2_local.latents import image_positions, text_positions
+from flux2_local.model.transformer import Turn, entered
 from flux2_local.presets import models
 
 GRID, TEXT = (32, 32), 512
@@ -22,8 +23,11 @@ def test_block(kind, model, device, timed):
     rotary = net.rotary(torch.cat([text_positions(TEXT), image_positions(*GRID)]).to(device))
     mod = net.modulation(torch.tensor(0.5, device=device), 4.0 if config.guidance_embeds else None)
     image, text = (torch.randn(1, n, config.width, device=device).to(dtype) for n in (GRID[0] * GRID[1], TEXT))
+    block = (net.transformer_blocks if kind == "double" else net.single_transformer_blocks)[0]
+    entries = block.entries(mod)
     if kind == "double":
-        timed(lambda: net.transformer_blocks[0](image, text, mod, rotary, ops))
+        streams = [entered(x, entry, ops) for x, entry in zip((image, text), entries, strict=True)]
+        timed(lambda: block(*streams, mod, rotary, ops, Turn(entries)))
     else:
-        both = torch.cat([text, image], 1)
-        timed(lambda: net.single_transformer_blocks[0](both, mod, rotary, ops))
+        both = entered(torch.cat([text, image], 1), *entries, ops)
+        timed(lambda: block(both, mod, rotary, ops, Turn(entries)))

@@ -60,7 +60,7 @@ class Backend:
 
     Attributes:
         name: what the user and the plan call it.
-        load: imports what is needed and returns the function, (q [B, T, H, d], k and v [B, S, H, d]) -> [B, T, H, d]; called
+        load: imports what is needed and returns the function, (q [B, T, H, d], k and v [B, S, H, d], out) -> [B, T, H, d]; called
             once, when a model is loaded. The function may overwrite q and k.
         types: kind of device that it runs on -> dtype that it takes there -> smallest compute capability (on CUDA).
         sms: the only compute capabilities that it has kernels for; any from the smallest on where empty.
@@ -123,10 +123,10 @@ def imported(module: str, name: str) -> Callable[[], Attend]:
     def load() -> Attend:
         function = getattr(importlib.import_module(module), name)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = function(q, k, v)
-            result: Tensor = out[0] if isinstance(out, tuple) else out
-            return result
+        def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+            found = function(q, k, v)
+            result: Tensor = found[0] if isinstance(found, tuple) else found
+            return result if out is None else out.copy_(result)
 
         return attend
 

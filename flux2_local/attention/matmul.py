@@ -22,15 +22,16 @@ def load() -> Attend:
     return attend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
     """Heads in groups whose scores fit the cache, or one at a time."""
-    return as_one(q, k, v) if torch.compiler.is_compiling() else in_groups(q, k, v)
+    if torch.compiler.is_compiling():
+        return as_one(q, k, v) if out is None else out.copy_(as_one(q, k, v))
+    return in_groups(q, k, v, torch.empty_like(q) if out is None else out)
 
 
-def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def in_groups(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
     _, tokens, heads, channels = q.shape
     group = max(1, CACHE // (tokens * k.shape[1] * q.element_size()))
-    out = torch.empty_like(q)
     for queries, keys, values, results in zip(q * channels**-0.5, k, v, out, strict=True):
         for i in range(0, heads, group):
             part = slice(i, i + group)
@@ -42,7 +43,11 @@ def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # What torch.compile sees: traced, it would be another graph for every number of groups.
-as_one = torch.library.custom_op("flux2_local::matmul_attention", in_groups, mutates_args=())
+@torch.library.custom_op("flux2_local::matmul_attention", mutates_args=())
+def as_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return in_groups(q, k, v, torch.empty_like(q))
+
+
 as_one.register_fake(lambda q, k, v: torch.empty_like(q))
 
 BACKEND = Backend("matmul", load, {"cpu": {"bfloat16": 0}})

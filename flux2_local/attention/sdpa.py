@@ -19,9 +19,9 @@ def load() -> Attend:
 def load_kernel(kernel: SDPBackend) -> Attend:
     """The same call, held to one kernel: RuntimeError where that one cannot run, never another in its place."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         with sdpa_kernel(kernel):
-            return sdpa(q, k, v)
+            return sdpa(q, k, v, out)
 
     return attend
 

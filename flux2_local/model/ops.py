@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,41 +25,95 @@ class Rotary:
         return Rotary(self.cos[start:stop], self.sin[start:stop])
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+class Rows(NamedTuple):
+    """Quantized rows: values [B, T, K], int8 or float8_e4m3fn, and scales, float32 [B, T, 1]; a value times its row's scale is
+    what it stands for."""
+
+    values: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a layer wants the rows that it multiplies quantized.
+
+    Attributes:
+        dtype: of the values.
+        rotation: size of the Hadamard blocks that rows are rotated in before; 0 for none.
+        function: (x [B, T, K], dtype, rotation) -> values and scales, for where no other operation quantizes on its way.
+    """
+
+    dtype: torch.dtype
+    rotation: int
+    function: Callable[[Tensor, torch.dtype, int], tuple[Tensor, Tensor]]
+
+    def __call__(self, x: Tensor) -> Rows:
+        return Rows(*self.function(x, self.dtype, self.rotation))
+
+
+Input = Tensor | Rows
+"""What a linear layer takes: rows [B, T, K] or, if it has a quantizer, quantized ones."""
+Pair = tuple[Tensor, Tensor]
+
+
+class Attend(Protocol):
+    """(q [B, T, H, d], k and v [B, S, H, d], out) -> [B, T, H, d], written into ``out``, whose tokens may lie in wider rows, where it
+    is given."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Ops:
-    """What a block calls.
+    """What a block calls. ``into`` is the quantizer of the layers that come next, or None for dense rows.
 
     Attributes:
-        modulated_norm: (x [B, T, D], shift [B, 1, D], scale [B, 1, D]) -> LayerNorm(x)·(1 + scale) + shift.
-        gated_residual: (x, gate [B, 1, D], y) -> x + gate·y.
-        qk_norm_rope: (x [B, T, H, d] any strides, weight [d], rotary rows of the T tokens, out or None) -> RMSNorm and
-            rotation, written into ``out`` [B, T, H, d] where one is given.
+        modulated_norm: (x [B, T, D], shift [B, 1, D], scale [B, 1, D], into) -> LayerNorm(x)·(1 + scale) + shift.
+        residual_norm: (x, gate [B, 1, D], y, shift, scale, into) -> r = x + gate·y, finite in float16, and r's modulated norm.
+        qk_norm_rope: (q, k [B, T, H, d] any strides, their weights [d], rotary rows of the T tokens, out or None) -> RMSNorm and
+            rotation of both, written into the two tensors [B, T, H, d] of ``out`` where it is given.
         swiglu: (x [B, T, 2M] any row stride, out [B, T, M] or None) -> silu(first half)·second half.
-        attend: (q [B, T, H, d], k and v [B, S, H, d]) -> [B, T, H, d].
+        swiglu_rows: (x, into, left [B, T, L] or None) -> the same with ``left`` in front, quantized.
+        attend: :class:`Attend`; a backend that cannot write into ``out`` copies.
     """
 
-    modulated_norm: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
-    qk_norm_rope: Callable[[Tensor, Tensor, Rotary, Tensor | None], Tensor]
+    modulated_norm: Callable[[Tensor, Tensor, Tensor, Quantizer | None], Input]
+    residual_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Quantizer | None], tuple[Tensor, Input]]
+    qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, Rotary, Pair | None], Pair]
     swiglu: Callable[[Tensor, Tensor | None], Tensor]
+    swiglu_rows: Callable[[Tensor, Quantizer, Tensor | None], Rows]
     attend: Attend
 
 
 EPS = 1e-6
+FLOAT16_MAX = 65504.0
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+def clip(x: Tensor) -> Tensor:
+    """Keep float16 finite, as diffusers does after a block; other dtypes pass."""
+    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
 
 
-def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    return x + gate * y
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None = None) -> Input:
+    y = (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+    return y if into is None else into(y)
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, rotary: Rotary, out: Tensor | None = None) -> Tensor:
+def residual_norm(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, into: Quantizer | None = None
+) -> tuple[Tensor, Input]:
+    x = clip(x + gate * y)
+    return x, modulated_norm(x, shift, scale, into)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Rotary, out: Pair | None = None
+) -> Pair:
+    q_out, k_out = out or (None, None)
+    return norm_rope(q, q_weight, rotary, q_out), norm_rope(k, k_weight, rotary, k_out)
+
+
+def norm_rope(x: Tensor, weight: Tensor, rotary: Rotary, out: Tensor | None) -> Tensor:
     x = F.rms_norm(x, weight.shape, weight, EPS)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotary.cos[None, :, None], rotary.sin[None, :, None]
@@ -75,8 +130,24 @@ def swiglu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(F.silu(gate), up, out=out)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def swiglu_rows(x: Tensor, into: Quantizer, left: Tensor | None = None) -> Rows:
+    return into(beside(left, x, swiglu))
 
 
-REFERENCE = Ops(modulated_norm, gated_residual, qk_norm_rope, swiglu, sdpa)
+def beside(left: Tensor | None, x: Tensor, activation: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """``left`` [B, T, L] and what ``activation``, a ``swiglu``, makes of x [B, T, 2M], side by side: [B, T, L + M]."""
+    if left is None:
+        return activation(x, None)
+    width = left.shape[-1]
+    both = x.new_empty(*x.shape[:-1], width + x.shape[-1] // 2)
+    activation(x, both[..., width:])
+    both[..., :width].copy_(left)
+    return both
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    found = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return found if out is None else out.copy_(found)
+
+
+REFERENCE = Ops(modulated_norm, residual_norm, qk_norm_rope, swiglu, swiglu_rows, sdpa)

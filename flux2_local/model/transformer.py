@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import REFERENCE, Ops, Rotary
+from .ops import REFERENCE, Input, Ops, Quantizer, Rotary, Rows
 
 ROPE_THETA = 2000
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,47 @@ class Modulation:
     out: tuple[Tensor, ...]
 
 
+class Entry(NamedTuple):
+    """How tokens enter what reads them next: the modulation of the norm in front of it, [B, 1, D] each, and its quantizer."""
+
+    shift: Tensor
+    scale: Tensor
+    into: Quantizer | None
+
+
+class Stream(NamedTuple):
+    """Tokens between two blocks: as they are, [B, T, D], and as the next one's :class:`Entry` makes them. Both are written in one
+    pass, at the end of the block before."""
+
+    tokens: Tensor
+    normal: Input
+
+    def part(self, where: Any) -> Stream:
+        """Some pictures, or some tokens."""
+        normal = self.normal
+        return Stream(
+            self.tokens[where], Rows(*(x[where] for x in normal)) if isinstance(normal, Rows) else normal[where]
+        )
+
+
+def entered(x: Tensor, entry: Entry, ops: Ops) -> Stream:
+    return Stream(x, ops.modulated_norm(x, *entry))
+
+
+def joined(text: Stream, image: Stream) -> Stream:
+    """One sequence, text first."""
+    tokens = torch.cat([text.tokens, image.tokens], 1)
+    if isinstance(text.normal, Rows) and isinstance(image.normal, Rows):
+        return Stream(tokens, Rows(*(torch.cat(both, 1) for both in zip(text.normal, image.normal, strict=True))))
+    return Stream(tokens, torch.cat([text.normal, image.normal], 1))  # type: ignore[list-item]
+
+
+def taken(*layers: nn.Module) -> Quantizer | None:
+    """How all of ``layers`` want their one input's rows quantized; None where they differ, or one takes them dense."""
+    first, *others = (getattr(layer, "quantizer", None) for layer in layers)
+    return first if all(other == first for other in others) else None
+
+
 @dataclass(frozen=True)
 class Kept:
     """Keys and values of R reference tokens in one block, [1, R, H, d] each.
@@ -86,18 +126,27 @@ class Kept:
     values: Tensor
     open: bool = False
 
-    def attended(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attended(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
         """Attention of q [B, T, H, d] to k and v, of the same shape, and to what is kept; or k and v are what is to be."""
         if self.open:
             self.keys.copy_(k)  # before attention, which may overwrite it
             self.values.copy_(v)
-            return ops.attend(q, k, v)
+            return ops.attend(q, k, v, out)
         rows = len(q), -1, -1, -1
-        return ops.attend(q, torch.cat([k, self.keys.expand(rows)], 1), torch.cat([v, self.values.expand(rows)], 1))
+        k, v = torch.cat([k, self.keys.expand(rows)], 1), torch.cat([v, self.values.expand(rows)], 1)
+        return ops.attend(q, k, v, out)
 
 
-def attended(ops: Ops, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None) -> Tensor:
-    return ops.attend(q, k, v) if kept is None else kept.attended(ops, q, k, v)
+def attended(ops: Ops, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, out: Tensor | None = None) -> Tensor:
+    return ops.attend(q, k, v, out) if kept is None else kept.attended(ops, q, k, v, out)
+
+
+class Turn(NamedTuple):
+    """What a block is told of the others: how tokens enter what follows it, of a double block image and text, and the references'
+    keys and values."""
+
+    following: tuple[Entry, ...]
+    kept: Kept | None = None
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -162,9 +211,14 @@ class FeedForward(nn.Module):
         self.linear_in = linear(width, 2 * inner)
         self.linear_out = linear(inner, width)
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        out: Tensor = self.linear_out(ops.swiglu(self.linear_in(x), None))
+    def forward(self, x: Input, ops: Ops) -> Tensor:
+        inner, into = self.linear_in(x), taken(self.linear_out)
+        out: Tensor = self.linear_out(ops.swiglu(inner, None) if into is None else ops.swiglu_rows(inner, into, None))
         return out
+
+
+IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
 
 class JointAttention(nn.Module):
@@ -180,29 +234,33 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([linear(width, width)])
 
     def forward(
-        self, image: Tensor, text: Tensor | None, rotary: Rotary, ops: Ops, kept: Kept | None = None
+        self, image: Stream, text: Stream | None, rotary: Rotary, ops: Ops, kept: Kept | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[B, N, D] and [B, L, D], or None, -> the same. The sequence is text first."""
-        batch, count, width = image.shape
-        length = 0 if text is None else text.shape[1]
+        batch, count, width = image.tokens.shape
+        length = 0 if text is None else text.tokens.shape[1]
         total = length + count
-        q, k, v = (image.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
+        q, k, v = (image.tokens.new_empty(batch, total, width // self.head_dim, self.head_dim) for _ in range(3))
         for x, rows, (to_q, to_k, to_v, norm_q, norm_k) in (
-            (text, slice(0, length), self._projections("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")),
-            (image, slice(length, total), self._projections("to_q", "to_k", "to_v", "norm_q", "norm_k")),
-        ):  # fmt: skip
+            (text, slice(0, length), self._own(TEXT)),
+            (image, slice(length, total), self._own(IMAGE)),
+        ):
             if x is None:
                 continue
-            part = rotary.rows(rows.start, rows.stop)
-            ops.qk_norm_rope(to_q(x).unflatten(-1, (-1, self.head_dim)), norm_q.weight, part, q[:, rows])
-            ops.qk_norm_rope(to_k(x).unflatten(-1, (-1, self.head_dim)), norm_k.weight, part, k[:, rows])
-            v[:, rows].copy_(to_v(x).unflatten(-1, (-1, self.head_dim)))
+            part, (own_q, own_k, own_v) = rotary.rows(rows.start, rows.stop), (t[:, rows] for t in (q, k, v))
+            new_q, new_k = (to(x.normal).unflatten(-1, (-1, self.head_dim)) for to in (to_q, to_k))
+            ops.qk_norm_rope(new_q, new_k, norm_q.weight, norm_k.weight, part, (own_q, own_k))
+            own_v.copy_(to_v(x.normal).unflatten(-1, (-1, self.head_dim)))
         out = attended(ops, q, k, v, kept).flatten(2)
         answer = None if text is None else self.to_add_out(out[:, :length])  # type: ignore[operator]
         return self.to_out[0](out[:, length:]), answer  # type: ignore[operator, index]
 
-    def _projections(self, *names: str) -> tuple[Any, ...]:
+    def _own(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in names)
+
+    def taken(self) -> tuple[Quantizer | None, Quantizer | None]:
+        """How the projections of image and of text want their rows."""
+        return taken(*self._own(IMAGE[:3])), taken(*self._own(TEXT[:3]))
 
 
 class DoubleBlock(nn.Module):
@@ -212,20 +270,30 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(config.width, config.mlp_width)
         self.ff_context = FeedForward(config.width, config.mlp_width)
 
+    def entries(self, mod: Modulation) -> tuple[Entry, ...]:
+        """Of image and text."""
+        image, text = self.attn.taken()
+        return Entry(mod.img[0], mod.img[1], image), Entry(mod.txt[0], mod.txt[1], text)
+
     def forward(
-        self, x: Tensor, c: Tensor | None, mod: Modulation, rotary: Rotary, ops: Ops, kept: Kept | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Stream, c: Stream | None, mod: Modulation, rotary: Rotary, ops: Ops, turn: Turn
+    ) -> tuple[Stream, Stream | None]:
         """Image [B, N, D] and text [B, L, D], or None, through attention and MLP."""
-        img, txt = mod.img, mod.txt
-        text = None if c is None else ops.modulated_norm(c, txt[0], txt[1])
-        attn, attn_c = self.attn(ops.modulated_norm(x, img[0], img[1]), text, rotary, ops, kept)
-        x = ops.gated_residual(x, img[2], attn)
-        x = ops.gated_residual(x, img[5], self.ff(ops.modulated_norm(x, img[3], img[4]), ops))
+        attn, attn_c = self.attn(x, c, rotary, ops, turn.kept)
+        image, text = turn.following
+        x = self._through(x.tokens, attn, mod.img[2:], self.ff, image, ops)
         if c is None:
             return x, None
-        c = ops.gated_residual(c, txt[2], attn_c)
-        c = ops.gated_residual(c, txt[5], self.ff_context(ops.modulated_norm(c, txt[3], txt[4]), ops))
-        return x, clip(c)
+        return x, self._through(c.tokens, attn_c, mod.txt[2:], self.ff_context, text, ops)
+
+    def _through(
+        self, x: Tensor, y: Tensor, mod: tuple[Tensor, ...], ff: FeedForward, following: Entry, ops: Ops
+    ) -> Stream:
+        """Add what attention answers, ``y``, and the MLP's part; ``mod``: the gate of the one, then shift, scale and gate of the
+        other."""
+        gate, shift, scale, ff_gate = mod
+        x, normal = ops.residual_norm(x, gate, y, shift, scale, taken(ff.linear_in))
+        return Stream(*ops.residual_norm(x, ff_gate, ff(normal, ops), *following))
 
 
 class ParallelAttention(nn.Module):
@@ -239,15 +307,18 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = Scale(self.head_dim), Scale(self.head_dim)
         self.to_out = linear(self.width + self.inner, self.width)
 
-    def forward(self, x: Tensor, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
+    def forward(self, x: Input, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
         """[B, L + N, D] -> [B, L + N, D]."""
-        packed = self.to_qkv_mlp_proj(x)
+        packed, into = self.to_qkv_mlp_proj(x), taken(self.to_out)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in packed[..., : 3 * self.width].chunk(3, -1))
-        both = packed.new_empty(*x.shape[:-1], self.width + self.inner)
-        ops.swiglu(packed[..., 3 * self.width :], both[..., self.width :])
-        q = ops.qk_norm_rope(q, self.norm_q.weight, rotary, None)
-        k = ops.qk_norm_rope(k, self.norm_k.weight, rotary, None)
-        both[..., : self.width].copy_(attended(ops, q, k, v, kept).flatten(2))
+        q, k = ops.qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rotary, None)
+        mlp = packed[..., 3 * self.width :]
+        if into is None:
+            both = mlp.new_empty(*mlp.shape[:-1], self.width + self.inner)
+            ops.swiglu(mlp, both[..., self.width :])
+            attended(ops, q, k, v, kept, both[..., : self.width].unflatten(-1, (-1, self.head_dim)))
+        else:
+            both = ops.swiglu_rows(mlp, into, attended(ops, q, k, v, kept).flatten(2))
         out: Tensor = self.to_out(both)
         return out
 
@@ -257,10 +328,13 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.attn = ParallelAttention(config)
 
-    def forward(self, x: Tensor, mod: Modulation, rotary: Rotary, ops: Ops, kept: Kept | None = None) -> Tensor:
+    def entries(self, mod: Modulation) -> tuple[Entry, ...]:
+        return (Entry(mod.single[0], mod.single[1], taken(self.attn.to_qkv_mlp_proj)),)
+
+    def forward(self, x: Stream, mod: Modulation, rotary: Rotary, ops: Ops, turn: Turn) -> Stream:
         """Text and image together, [B, L + N, D]."""
-        shift, scale, gate = mod.single
-        return clip(ops.gated_residual(x, gate, self.attn(ops.modulated_norm(x, shift, scale), rotary, ops, kept)))
+        y = self.attn(x.normal, rotary, ops, turn.kept)
+        return Stream(*ops.residual_norm(x.tokens, mod.single[2], y, *turn.following[0]))
 
 
 class Shortcut(Protocol):
@@ -283,11 +357,6 @@ class OutputNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = linear(width, 2 * width)
-
-
-def clip(x: Tensor) -> Tensor:
-    """Keep float16 finite, as the reference does; other dtypes pass."""
-    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
 
 
 class Flux2Transformer(nn.Module):
@@ -340,7 +409,8 @@ class Flux2Transformer(nn.Module):
             self.single_stream_modulation(temb),
             out,
         )
-        return Modulation(*(tuple(p.to(self.dtype) for p in part) for part in parts))
+        # Copied, since graphs of compiled blocks are guarded on where in its storage a tensor begins.
+        return Modulation(*(tuple(p.to(self.dtype, copy=True) for p in part) for part in parts))
 
     def rotary(self, ids: Tensor) -> Rotary:
         """Rotary tables for positions ``ids`` [T, 4] (time, row, column, text index), computed in float64."""
@@ -364,17 +434,17 @@ class Flux2Transformer(nn.Module):
             mod: of :meth:`modulation` at noise level 0: references are pictures.
             rotary: of :meth:`rotary` for their R positions.
         """
-        x = self.x_embedder(references)
-        shape = *x.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim
-        kept = []
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            one = Kept(x.new_empty(shape), x.new_empty(shape), open=True)
+        tokens = self.x_embedder(references)
+        shape = *tokens.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim
+        kept = [Kept(tokens.new_empty(shape), tokens.new_empty(shape), open=True) for _ in self._all()]
+        (image, _), turns = self._turns(mod, kept)
+        x = entered(tokens, image, self.ops)
+        for block, turn in zip(self._all(), turns, strict=True):
             if isinstance(block, DoubleBlock):
-                x, _ = block(x, None, mod, rotary, self.ops, one)
+                x, _ = block(x, None, mod, rotary, self.ops, turn)
             else:
-                x = block(x, mod, rotary, self.ops, one)
-            kept.append(replace(one, open=False))
-        return kept
+                x = block(x, mod, rotary, self.ops, turn)
+        return [replace(one, open=False) for one in kept]
 
     def forward(
         self,
@@ -400,42 +470,52 @@ class Flux2Transformer(nn.Module):
         Returns:
             [B, keep, channels], the dtype of the weights.
         """
-        x, c = self.x_embedder(latents), context
-        kepts: Sequence[Kept | None] = kept or [None] * (
-            len(self.transformer_blocks) + len(self.single_transformer_blocks)
-        )
+        (image, text), turns = self._turns(mod, kept)
+        x, c = entered(self.x_embedder(latents), image, self.ops), entered(context, text, self.ops)
         if shortcuts is None:
-            return self._output(self._blocks(x, c, 0, mod, rotary, kepts)[:, :keep], mod)
-        embedded = x[:, :keep]
+            return self._output(self._blocks(x, c, 0, mod, rotary, turns).part((slice(None), slice(keep))).normal)
+        embedded = x.tokens[:, :keep]
         probed = int(shortcuts[0].probes)
         if probed:
-            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, kepts[0])
-        entered = x[:, :keep]
+            x, c = self.transformer_blocks[0](x, c, mod, rotary, self.ops, turns[0])
+        entering = x.tokens[:, :keep]
         # Subtracted one by one: a part of the whole batch's difference would keep all of it alive.
-        known = [s.rest(after - before) for s, after, before in zip(shortcuts, entered, embedded, strict=True)]
-        pictures = [a if added is None else a + added for a, added in zip(entered, known, strict=True)]
+        known = [s.rest(after - before) for s, after, before in zip(shortcuts, entering, embedded, strict=True)]
+        pictures = [a if added is None else a + added for a, added in zip(entering, known, strict=True)]
         due = [i for i, added in enumerate(known) if added is None]
         if due:
             some = slice(None) if len(due) == len(known) else due
-            computed = self._blocks(x[some], c[some], probed, mod, rotary, kepts)[:, :keep]
+            computed = self._blocks(x.part(some), c.part(some), probed, mod, rotary, turns).tokens[:, :keep]
             for i, picture in zip(due, computed, strict=True):
-                shortcuts[i].keep(picture - entered[i])
+                shortcuts[i].keep(picture - entering[i])
                 pictures[i] = picture
-        return self._output(torch.stack(pictures), mod)
+        return self._output(self.ops.modulated_norm(torch.stack(pictures), *turns[-1].following[0]))
 
-    def _blocks(
-        self, x: Tensor, c: Tensor, first: int, mod: Modulation, rotary: Rotary, kepts: Sequence[Kept | None]
-    ) -> Tensor:
+    def _turns(self, mod: Modulation, kept: Sequence[Kept] | None) -> tuple[tuple[Entry, ...], list[Turn]]:
+        """How image and text enter the first block, and each block's turn."""
+        scale, shift = mod.out
+        entries = [block.entries(mod) for block in self._all()]
+        entries.append((Entry(shift, scale, None),))
+        count = len(self.transformer_blocks)
+        (joint,) = entries[count]
+        # Text and image are still apart there. Compiled blocks are guarded on which of their inputs are one tensor: none are.
+        entries[count] = joint, Entry(joint.shift[:], joint.scale[:], joint.into)
+        kepts: Sequence[Kept | None] = kept or [None] * (len(entries) - 1)
+        return entries[0], [Turn(*both) for both in zip(entries[1:], kepts, strict=True)]
+
+    def _all(self) -> list[Any]:
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def _blocks(self, x: Stream, c: Stream, first: int, mod: Modulation, rotary: Rotary, turns: list[Turn]) -> Stream:
         """The double blocks from number ``first`` on and every single one; the image tokens of the result."""
         count = len(self.transformer_blocks)
-        for block, kept in list(zip(self.transformer_blocks, kepts, strict=False))[first:]:
-            x, c = block(x, c, mod, rotary, self.ops, kept)
-        both = torch.cat([c, x], 1)
-        for block, kept in zip(self.single_transformer_blocks, kepts[count:], strict=True):
-            both = block(both, mod, rotary, self.ops, kept)
-        return both[:, c.shape[1] :]
+        for block, turn in list(zip(self.transformer_blocks, turns[:count], strict=True))[first:]:
+            x, c = block(x, c, mod, rotary, self.ops, turn)
+        length, both = c.tokens.shape[1], joined(c, x)
+        for block, turn in zip(self.single_transformer_blocks, turns[count:], strict=True):
+            both = block(both, mod, rotary, self.ops, turn)
+        return both.part((slice(None), slice(length, None)))
 
-    def _output(self, x: Tensor, mod: Modulation) -> Tensor:
-        scale, shift = mod.out
-        out: Tensor = self.proj_out(F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * (1 + scale) + shift)
+    def _output(self, normal: Input) -> Tensor:
+        out: Tensor = self.proj_out(normal)
         return out

@@ -3,7 +3,7 @@
 W8A8: a scale per row of activations, found at every call, and one per output channel of weights; ``y = (q(x) · q(w)ᵀ) · s_x ·
 s_w``. With a rotation, blocks of input channels of both are multiplied with an orthonormal Hadamard matrix first, which
 spreads outliers and leaves the product as it was (QuaRot, arXiv 2404.00456). int4: a scale per 128 input channels of
-weights, activations as they are.
+weights, activations as they are or, in builtin-int4-int8, int8 with a scale per row.
 
 On a CPU int8 goes through ``torch._int_mm`` (oneDNN's int8 instructions); what neither it nor a kernel covers is plain torch.
 """
@@ -18,6 +18,7 @@ from flux2_kernels import Format as Kinds
 from flux2_kernels import choose, linear_w4, quantize_rows
 from torch import Tensor, nn
 
+from ..model.ops import Input, Quantizer, Rows
 from .formats import Format
 
 LEAST_ROTATION = 16
@@ -33,14 +34,14 @@ class Arithmetic:
     """How one layer multiplies, resolved for its device when it is made.
 
     Attributes:
-        quantize: (x [B, T, K], values' dtype, rotation) -> values, float32 scales [B, T, 1]; None leaves rows as they are.
+        quantizer: of the rows; None leaves them as they are.
         product: the matching product of :mod:`flux2_kernels.linear_w8a8` or :mod:`flux2_kernels.linear_w4`.
-        rotation: block size of the Hadamard matrix, 0 for none.
+        dtype: of the results.
     """
 
-    quantize: Callable[..., tuple[Tensor, Tensor]] | None
+    quantizer: Quantizer | None
     product: Callable[..., Tensor]
-    rotation: int = 0
+    dtype: torch.dtype
 
 
 class QuantizedLinear(nn.Module):
@@ -61,14 +62,20 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.arithmetic = arithmetic
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, K] or [T, K], any float dtype -> the same with N channels."""
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """What makes the quantized rows that :meth:`forward` takes; None if it takes none."""
+        return self.arithmetic.quantizer
+
+    def forward(self, x: Input) -> Tensor:
+        """[B, T, K] or [T, K], any float dtype, or what :attr:`quantizer` makes of it -> the same with N channels."""
+        if isinstance(x, Rows):
+            return self.arithmetic.product(*x, self.weight, self.scale, self.arithmetic.dtype)
         rows = x if x.ndim == 3 else x[None]
-        if self.arithmetic.quantize is None:
+        if self.quantizer is None:
             y = self.arithmetic.product(rows, self.weight, self.scale)
         else:
-            values, scales = self.arithmetic.quantize(rows, self.weight.dtype, self.arithmetic.rotation)
-            y = self.arithmetic.product(values, scales, self.weight, self.scale, x.dtype)
+            y = self.arithmetic.product(*self.quantizer(rows), self.weight, self.scale, x.dtype)
         return y if x.ndim == 3 else y[0]
 
 
@@ -85,7 +92,8 @@ def quantize(weight: Tensor, form: Format, dtype: torch.dtype, device: torch.dev
     how = arithmetic(form, channels, weight.shape[0], dtype, device)
     if form.group:
         return QuantizedLinear(*by_rows(weight, lambda part: linear_w4.pack(part, form.group)), how)
-    values, scale = by_rows(weight, lambda part: quantize_rows.reference(part, values_of(form), how.rotation))
+    rotation = 0 if how.quantizer is None else how.quantizer.rotation
+    values, scale = by_rows(weight, lambda part: quantize_rows.reference(part, values_of(form), rotation))
     return QuantizedLinear(values, scale[:, 0].contiguous(), how)
 
 
@@ -141,16 +149,21 @@ def rotation_for(channels: int, largest: int) -> int:
 def arithmetic(form: Format, channels: int, rows: int, dtype: torch.dtype, device: torch.device) -> Arithmetic:
     """The fastest implementation there is for layers of ``channels`` inputs and ``rows`` outputs on ``device``."""
     dims = {"k": channels, "n": rows, "width": channels}
-    if form.group:
-        if device.type != "cuda" or dtype == torch.float32:
-            return Arithmetic(None, linear_w4.reference)
-        choice = choose("linear_w4a16", device, Kinds(dtype), {**dims, "group": form.group})
-        return Arithmetic(None, choice.function)
     kinds, rotation = Kinds(dtype, values_of(form)), rotation_for(channels, form.rotation)
-    quantizer = choose("quantize_rows", device, kinds, {**dims, "hadamard": rotation}).function
+    if form.group and not form.rounded:
+        if device.type != "cuda" or dtype == torch.float32:
+            return Arithmetic(None, linear_w4.reference, dtype)
+        choice = choose("linear_w4a16", device, Kinds(dtype), {**dims, "group": form.group})
+        return Arithmetic(None, choice.function, dtype)
+    function = choose("quantize_rows", device, kinds, {**dims, "hadamard": rotation}).function
+    quantizer = Quantizer(values_of(form), rotation, function)
+    if form.rounded:
+        return Arithmetic(
+            quantizer, choose("linear_w4a8", device, kinds, {**dims, "group": form.group}).function, dtype
+        )
     if device.type == "cpu" and values_of(form) == torch.int8:
-        return Arithmetic(quantizer, int8_on_cpu, rotation)
-    return Arithmetic(quantizer, choose("linear_w8a8", device, kinds, dims).function, rotation)
+        return Arithmetic(quantizer, int8_on_cpu, dtype)
+    return Arithmetic(quantizer, choose("linear_w8a8", device, kinds, dims).function, dtype)
 
 
 def int8_on_cpu(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

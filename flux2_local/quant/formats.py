@@ -27,6 +27,7 @@ class Format:
         sm: smallest compute capability on CUDA.
         packages: distributions it needs, each with its first version that will do.
         group: input channels that share a scale, where it is not the whole row; a layer must have a multiple of it.
+        rounded: whether rows of activations are made int8 too, where weights share scales by group.
         rotation: largest block of input channels that a Hadamard matrix mixes; 0 is none.
         automatic: whether the planner may choose it; the others are used when they are named.
         product: what its matrix products are of, a key of :attr:`Hardware.flops` where the device is fast at it; "" for the compute
@@ -44,6 +45,7 @@ class Format:
     sm: int = 0
     packages: tuple[tuple[str, str], ...] = ()
     group: int = 0
+    rounded: bool = False
     rotation: int = 0
     automatic: bool = False
     product: str = ""
@@ -92,6 +94,10 @@ FORMATS: dict[str, Format] = {
         Format("builtin-fp8", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, automatic=True, product=FP8),
         Format("builtin-fp8-rotated", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, rotation=128, product=FP8),
         Format("builtin-int4", "builtin", 0.5 + GROUP_128, 0.116, group=128, automatic=True),
+        Format(
+            "builtin-int4-int8", "builtin", 0.5 + GROUP_128, 0.117, dtypes=HALF, kinds=("cuda",), sm=80, group=128,
+            rounded=True, note="multiplies in int8, by name only until a card has been measured with it",
+        ),
         Format("torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu")),
         Format("torchao-int8", "torchao", 1 + ROW / 2, 0.009, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
         Format("torchao-fp8", "torchao", 1 + ROW, 0.0266, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),

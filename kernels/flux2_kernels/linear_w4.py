@@ -138,9 +138,8 @@ CASES = (
 )
 SHAPES = tuple(
     Case(f"{name}-{layer}", {"batch": 1, "tokens": TOKENS, "n": n, "k": k, "group": 128})
-    for name in ("dev", "klein-4b")
-    for layer, (n, k) in MODELS[name].linears.items()
-    if layer.startswith("single")
+    for name, model in MODELS.items()
+    for layer, (n, k) in model.linears.items()
 )
 WHOLE_GROUPS = Rule("k must be a multiple of group", lambda d: d.get("k", 0) % d.get("group", 1) == 0)
 RULES = (one_of("group", *GROUPS), WHOLE_GROUPS, multiple("n", 8))

@@ -137,7 +137,6 @@ SHAPES = tuple(
     Case(f"{name}-{layer}", {"batch": 1, "tokens": TOKENS, "n": n, "k": k})
     for name, model in MODELS.items()
     for layer, (n, k) in model.linears.items()
-    if name != "klein-9b"
 )
 GATED_SHAPES = tuple(case for case in SHAPES if not case.name.endswith("-in"))
 

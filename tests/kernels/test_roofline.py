@@ -6,6 +6,7 @@ import csv
 import io
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from flux2_kernels import OPS, Cost, Format
 from flux2_kernels.constraint import FP8
 from flux2_kernels.rates import rates_of
+from flux2_kernels.shapes import MODELS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "roofline.py"
 
@@ -30,18 +32,22 @@ def test_the_longer_of_moving_and_multiplying() -> None:
     assert rates_of(86, 71e12, 9e11).seconds(Cost(1, 1, FP8)) is None, "no fp8 before SM 89"
 
 
-def test_every_op_at_dev_and_klein_shapes_for_every_card() -> None:
+def test_every_op_at_every_models_shapes_for_every_device() -> None:
     ran = run("--csv")
     assert ran.returncode == 0, ran.stderr
     head, *rows = csv.reader(io.StringIO(ran.stdout))
-    assert head[:5] == ["op", "shape", "format", "MB", "Gop"] and {"h200 us", "rtx-4090 us", "rtx-3060 us"} <= set(head)
+    named = tomllib.loads((SCRIPT.parents[1] / "configs" / "devices.toml").read_text("utf-8"))
+    assert head == ["op", "shape", "format", "MB", "Gop", *(f"{name} us" for name in named)]
     assert {row[0] for row in rows} == set(OPS)
     for name in OPS:
         shapes = " ".join(row[1] for row in rows if row[0] == name)
-        assert "dev" in shapes and "klein" in shapes
+        assert all(model in shapes for model in MODELS)
     by_hand = OPS["modulated_norm"].cost({"batch": 1, "tokens": 4608, "width": 6144}, Format(torch.bfloat16)).bytes
     row = next(row for row in rows if row[:3] == ["modulated_norm", "dev", "bfloat16"])
-    assert row[head.index("h200 us")] == f"{by_hand / 4800e9 * 1e6:.1f} mem"
+    for name in ("h200", "apple-m3-max", "cpu-8"):
+        assert row[head.index(f"{name} us")] == f"{by_hand / (named[name]['memory_gbs'] * 1e9) * 1e6:.1f} mem"
+    products = {row[2]: row[head.index("cpu-8 us")] for row in rows if row[0].startswith("linear")}
+    assert products["bfloat16"].endswith(" mat") and products["bfloat16+int8"] == "-"
 
 
 def test_one_device_and_an_unknown_one() -> None:
