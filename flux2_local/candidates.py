@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from . import costs, footprint, quant
@@ -88,9 +89,9 @@ class Seconds:
         encode: reading the prompt, moving the text encoder's weights included.
         place: moving the transformer's weights before and in the first step, the autoencoder's, and reading references where that is
             done once: once for all pictures.
-        step: of a denoising step after the first.
+        step: of a denoising step after the first, on the average of those that are computed and those that are skipped.
         decode: per picture.
-        compute: of a step with all weights at hand.
+        compute: of a step with all weights at hand, likewise.
         expand: rewriting the prompt, moving weights included; 0 where it is not rewritten.
     """
 
@@ -119,6 +120,7 @@ class Candidate:
         tile: side of a decoding tile, or 0.
         together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
+        plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
@@ -134,6 +136,7 @@ class Candidate:
     tile: int
     together: bool
     seconds: Seconds
+    plain: Seconds
     peak: int
     host: int
     disk: int
@@ -142,6 +145,11 @@ class Candidate:
     text_stay: tuple[int, ...] = ()
     expansion: Placement = "resident"
     expansion_stay: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The relative error of a layer's output; none in the compute type."""
+        return 0.0 if self.form is None else self.form.loss
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ class Terms:
         ops, attention: what computes between the matmuls, and attention.
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
+        spared: share of a step's seconds that skipping steps is expected to spare on the average.
         merged: whether LoRAs are merged into the transformer.
     """
 
@@ -164,6 +173,7 @@ class Terms:
     attention: str
     skipping: bool
     folded: bool
+    spared: float = 0.0
     merged: bool = False
 
     @property
@@ -228,10 +238,24 @@ class Draft:
         )
 
     @property
+    def unpacked(self) -> Draft:
+        """The same with weights that are unpacked and multiplied in the compute type."""
+        return replace(self, form=replace(self.form, product="")) if self.form and self.form.product else self
+
+    @property
     def stepping(self) -> Setup:
         return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
+        if component not in self._held:
+            self._held[component] = self._weights(component)
+        return self._held[component]
+
+    @cached_property
+    def _held(self) -> dict[str, Weights]:
+        return {}
+
+    def _weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
         if self.form is not None and component == "expansion":
@@ -421,7 +445,8 @@ class Draft:
                 encode += held.total / self.rate(home)
             else:
                 encode, _ = costs.stream_seconds(encode, held.blocks, self.stream((), home))
-        return Seconds(encode, place, step, decode, compute)
+        left = 1 - self.terms.spared
+        return Seconds(encode, place, left * step, decode, left * compute)
 
     @property
     def passes(self) -> int:
@@ -451,7 +476,7 @@ class Draft:
         arch, hardware = self.terms.need.arch, self.terms.hardware
         if self.form is None or self.form.product not in hardware.flops:
             return 0.0
-        return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
+        return costs.linears(arch, component).seconds_beyond(tokens, hardware, self.terms.dtype, self.form)
 
     def disk(self) -> int:
         """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""
@@ -478,7 +503,8 @@ class Draft:
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
-        peak = max(others, self.pixels(tile))
+        peak, expand = max(others, self.pixels(tile)), self.expand_seconds(text_stay, expansion_stay, found)
+        seconds, plain = (replace(draft.seconds(stay, found, tile), expand=expand) for draft in (self, self.unpacked))
         return Candidate(
             name=self._name(stay, found, tile),
             form=self.form,
@@ -487,9 +513,8 @@ class Draft:
             homes=found,
             tile=tile,
             together=self.together,
-            seconds=replace(
-                self.seconds(stay, found, tile), expand=self.expand_seconds(text_stay, expansion_stay, found)
-            ),
+            seconds=seconds,
+            plain=plain,
             peak=peak,
             host=host,
             disk=self.disk(),
@@ -524,7 +549,8 @@ class Draft:
         if self.layout.transformer != "streamed":
             return self.layout.reason
         seconds = self.seconds(stay, found, 0)
-        moving = self.passes * self.stream(stay, found["transformer"]).moving(self.weights("transformer").blocks)
+        passes = self.passes * (1 - self.terms.spared)
+        moving = passes * self.stream(stay, found["transformer"]).moving(self.weights("transformer").blocks)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"
         return f"{self.layout.reason}; copying takes {moving:.2f} s a step, computing {seconds.compute:.2f}"

@@ -198,7 +198,9 @@ def test_expansion(dev_folder, layout, limit, monkeypatch):
     streams = layout.text_encoder == "streamed", layout.name != "resident"
     assert staying == tuple(n * stays * bool(limit) for n, stays in zip((30, 2), streams, strict=True))
     predicted = one.expanding(candidate.text_stay, candidate.expansion_stay) - one.beside()
-    predicted -= footprint.texts(one.setup, one.terms.need.work)  # of another picture's prompt
+    predicted -= footprint.texts(one.setup, one.terms.need.work) + footprint.tables(
+        one.setup, one.terms.need.work
+    )  # of another picture
     check(resident + peak_of(run.expand), predicted)
     assert not [o for o in gc.get_objects() if type(o) is Remainder and not o.norm.weight.is_meta]
     assert resident + peak_of(lambda: generate(flux, **fields)) <= candidate.peak
@@ -255,7 +257,7 @@ def denoised(flux, setup, plan, **fields):
     sizes = tuple(picture.size for picture in run.references)
     work = replace(run.plan.work, references=sizes, batch=len(shots))
     own = replace(draft(flux, LAYOUTS[0], 0, **fields).setup, arch=load.architecture(flux.checkpoint), **setup)
-    return measured, footprint.denoising(own, work)
+    return measured, footprint.denoising(own, work) + footprint.tables(own, work)
 
 
 @pytest.mark.parametrize("images", [1, 2])
