@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from . import costs, footprint, quant
@@ -82,9 +83,9 @@ class Seconds:
         encode: reading the prompt, moving the text encoder's weights included.
         place: moving the transformer's weights before and in the first step, the autoencoder's, and reading references where that is
             done once: once for all pictures.
-        step: of a denoising step after the first.
+        step: of a denoising step after the first, on the average of those that are computed and those that are skipped.
         decode: per picture.
-        compute: of a step with all weights at hand.
+        compute: of a step with all weights at hand, likewise.
         expand: rewriting the prompt, moving weights included; 0 where it is not rewritten.
     """
 
@@ -113,6 +114,7 @@ class Candidate:
         tile: side of a decoding tile, or 0.
         together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
+        plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
         peak, host, disk: bytes of device memory and of host memory at most, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
@@ -128,6 +130,7 @@ class Candidate:
     tile: int
     together: bool
     seconds: Seconds
+    plain: Seconds
     peak: int
     host: int
     disk: int
@@ -136,6 +139,11 @@ class Candidate:
     text_stay: tuple[int, ...] = ()
     expansion: Placement = "resident"
     expansion_stay: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The relative error of a layer's output; none in the compute type."""
+        return 0.0 if self.form is None else self.form.loss
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class Terms:
         ops, attention: what computes between the matmuls, and attention.
         skipping: whether steps may be skipped.
         folded: whether the decoder's upsampling is folded.
+        spared: share of a step's seconds that skipping steps is expected to spare on the average.
     """
 
     need: Need
@@ -157,6 +166,7 @@ class Terms:
     attention: str
     skipping: bool
     folded: bool
+    spared: float = 0.0
 
     @property
     def schedule(self) -> str:
@@ -208,10 +218,24 @@ class Draft:
         )
 
     @property
+    def unpacked(self) -> Draft:
+        """The same with weights that are unpacked and multiplied in the compute type."""
+        return replace(self, form=replace(self.form, product="")) if self.form and self.form.product else self
+
+    @property
     def stepping(self) -> Setup:
         return replace(self.setup, together=self.together)
 
     def weights(self, component: str) -> Weights:
+        if component not in self._held:
+            self._held[component] = self._weights(component)
+        return self._held[component]
+
+    @cached_property
+    def _held(self) -> dict[str, Weights]:
+        return {}
+
+    def _weights(self, component: str) -> Weights:
         need = self.terms.need
         recipe = None
         if self.form is not None and component == "expansion":
@@ -365,7 +389,8 @@ class Draft:
             encode += self.weights("text_encoder").total / rate
         elif self.layout.text_encoder == "streamed":
             encode, _ = costs.stream_seconds(encode, self.weights("text_encoder").blocks, (), rate, RING)
-        return Seconds(encode, place, step, decode, compute)
+        left = 1 - self.terms.spared
+        return Seconds(encode, place, left * step, decode, left * compute)
 
     def expand_seconds(self, text_stay: tuple[int, ...], stay: tuple[int, ...], mapped: tuple[str, ...]) -> float:
         """Predicted seconds of expanding the prompt, roughly: reading the files, the chat, and an answer of usual length, for each of
@@ -390,7 +415,7 @@ class Draft:
         arch, hardware = self.terms.need.arch, self.terms.hardware
         if self.form is None or self.form.product not in hardware.flops:
             return 0.0
-        return costs.linears(arch, component).int8_seconds(tokens, hardware, self.terms.dtype)
+        return costs.linears(arch, component).seconds_beyond(tokens, hardware, self.terms.dtype, self.form)
 
     def disk(self) -> int:
         """Bytes of the model's files, in 16 bit, and of its quantized weights where they are kept."""
@@ -417,7 +442,8 @@ class Draft:
         tile = 0
         if not self.terms.need.tier.exact and max(others, self.pixels(0)) > self.terms.limit:
             tile = TILE if self.pixels(TILE) < self.pixels(0) else 0
-        peak = max(others, self.pixels(tile))
+        peak, expand = max(others, self.pixels(tile)), self.expand_seconds(text_stay, expansion_stay, mapped)
+        seconds, plain = (replace(draft.seconds(stay, mapped, tile), expand=expand) for draft in (self, self.unpacked))
         return Candidate(
             name=self._name(stay, mapped, tile),
             form=self.form,
@@ -426,9 +452,8 @@ class Draft:
             mapped=mapped,
             tile=tile,
             together=self.together,
-            seconds=replace(
-                self.seconds(stay, mapped, tile), expand=self.expand_seconds(text_stay, expansion_stay, mapped)
-            ),
+            seconds=seconds,
+            plain=plain,
             peak=peak,
             host=host,
             disk=self.disk(),
@@ -453,7 +478,7 @@ class Draft:
         if self.layout.transformer != "streamed":
             return self.layout.reason
         seconds = self.seconds(stay, mapped, 0)
-        passes = 1 if self.together else self.terms.need.arch.passes
+        passes = (1 if self.together else self.terms.need.arch.passes) * (1 - self.terms.spared)
         moving = passes * self.weights("transformer").moving(stay) / self.rate("transformer", mapped)
         if seconds.step <= 1.05 * seconds.compute:
             return f"{self.layout.reason}, which hides the {moving:.2f} s of copying a step"

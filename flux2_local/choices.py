@@ -13,8 +13,18 @@ from .candidates import GUIDED, Candidate, Draft, Need, Terms, ways
 from .errors import BackendUnavailableError
 from .hardware import Hardware
 from .model import kernels
-from .model.compiled import reason_against
-from .presets import CachePolicy, Tier, show_bytes
+from .model.compiled import mark, reason_against
+from .presets import EIGHT_BIT, CachePolicy, Tier, show_bytes
+
+COMPILING, TRACING = 20.0, 3.0
+"""Seconds before the first picture where the blocks are compiled, or only traced because the code was kept. Compiling two blocks took
+12 to 23 s on a CPU; assumed elsewhere."""
+
+SPARED = {("cpu", "reference"): 0.05, ("cuda", "reference"): 0.07}
+"""The share of a step that compiled blocks spare, by device and by the operations there are without: what is known. On a CPU stock
+diffusers in 16 bit took 5 % less at 512×512 and 11 % at 1024×768 (``benchmarks/results/speed-2026-11-24.json``); on a card, FLUX.2 dev
+at 80 GB, SGLang's published 0.4605 and 0.4280 s a step. Fused operations ("native", "triton") do what a compiler would, and nothing
+was measured to be gained beside them."""
 
 MOST_TOGETHER = 4
 """Pictures denoised together at most; what a batch gains is nearly all in the first few."""
@@ -57,7 +67,9 @@ def dtype_reason(dtype: str, tier: Tier, hardware: Hardware) -> str:
 
 
 def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[quant.Format | None, ...]:
-    """Candidate formats of the weights, most wanted first; None is the compute type itself.
+    """Candidate formats of the weights, most wanted first: None, which is the compute type itself, then by their loss. A tier that
+    takes formats for their speed wants the one that the device's 8-bit units are made for before the others: losses were measured
+    on normal numbers, and rows with outliers, whose largest value sets int8's scale, cost fp8 nothing.
 
     Raises:
         BackendUnavailableError: the one asked for cannot be used here.
@@ -67,14 +79,17 @@ def formats(tier: Tier, hardware: Hardware, dtype: str, asked: str) -> tuple[qua
     if asked != "auto":
         return (quant.find(asked, hardware, dtype),)
     usable = quant.automatic(hardware, dtype)
-    faster = tuple(f for f in usable if tier.quantize and hardware.sm in f.faster)
-    return (*faster, None, *(f for f in usable if f not in faster))
+    if tier.quantize:
+        usable = tuple(sorted(usable, key=lambda form: form.name != quant.eight_bit(hardware)))
+    else:  # for memory alone, not what another betters in loss and in bytes
+        usable = tuple(f for n, f in enumerate(usable) if all(f.weight_bytes < g.weight_bytes for g in usable[:n]))
+    return (None, *usable)
 
 
 def choose_format(
-    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, once: str
+    tier: Tier, dtype: str, wanted: tuple[quant.Format | None, ...], winner: Candidate, asked: str, gain: str
 ) -> Choice:
-    """Why the weights of the transformer and the text encoder are held as they are; ``once``: what making them takes."""
+    """Why the weights of the transformer and the text encoder are held as they are; ``gain``: as :func:`gained`."""
     form = winner.form
     before = wanted[: wanted.index(form)]
     rejected = tuple((dtype if f is None else f.name, "does not fit, or takes much longer") for f in before)
@@ -85,20 +100,27 @@ def choose_format(
     if asked != "auto":
         why = "asked for" + (", although this tier promises the reference's pixels" if tier.exact else "")
     else:
-        why = "the smallest loss that fits in time" if None in before else "measured faster on this device"
-    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + once, rejected)
+        smaller = any(f is not None and f.loss < form.loss for f in wanted[wanted.index(form) :])
+        why = "the 8-bit type of this device's units" if smaller else "the smallest loss that fits in time"
+    return Choice("weights", form.name, f"{why}: {cost}" + (f"; it {form.note}" if form.note else "") + gain, rejected)
 
 
-def conversion(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
-    """What making the winner's weights takes, and when that has paid, where it is taken for its speed; else ""."""
+def gained(terms: Terms, winner: Candidate, fitting: list[Candidate]) -> str:
+    """What the winner's format gains on 16 bit, what making its weights takes and when that has paid, where its products are faster;
+    else ""."""
     need, hardware = terms.need, terms.hardware
     dense = next((c for c in fitting if c.form is None), None)
     if winner.form is None or winner.form.product not in hardware.flops or dense is None:
         return ""
-    gain = dense.seconds.total(need.work) - winner.seconds.total(need.work)
-    weights = sum(costs.parameters(need.arch)[name] for name in ("transformer", "text_encoder"))
-    seconds = costs.CONVERTED * weights / hardware.memory_rate
-    return f"; made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / gain)} such requests"
+    rates = "measured" if hardware.measured else "public"
+    before, after = dense.seconds.total(need.work), winner.seconds.total(need.work)
+    if after >= before:
+        return ""
+    seconds = costs.conversion_seconds(need.arch, hardware, winner.form)
+    return (
+        f"; {before / after:.1f} times as fast as {terms.dtype}, predicted from {rates} rates; "
+        f"made once, which takes about {seconds:.0f} s and pays after {math.ceil(seconds / (before - after))} such requests"
+    )
 
 
 def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> Choice:
@@ -114,22 +136,48 @@ def choose_attention(need: Need, hardware: Hardware, dtype: str, asked: str) -> 
     return Choice("attention", picked.name, picked.reason, picked.rejected)
 
 
-def choose_compile(hardware: Hardware, asked: bool | None) -> Choice:
-    """Whether torch.compile takes the blocks: only where it is asked for.
+def choose_compile(terms: Terms, winner: Candidate, asked: bool | None, requests: int) -> Choice:
+    """Whether torch.compile takes the blocks: where it is asked for, or what it spares of the requests to come is more than it takes.
+
+    Args:
+        terms: with the operations that there are without.
+        winner: the way of holding the networks that is taken.
+        asked: what the user insists on.
+        requests: like this one that are expected.
 
     Raises:
         BackendUnavailableError: it is asked for, and there is no compiler.
     """
+    need, hardware = terms.need, terms.hardware
+    problem = reason_against(hardware)
     if asked:
-        if problem := reason_against(hardware):
+        if problem:
             raise BackendUnavailableError(
                 f"The blocks cannot be compiled on {hardware.name}: {problem}. Leave compile out."
             )
         return Choice("compile", "blocks", "asked for", (("off", "asked for"),))
-    if asked is None and hardware.kind == "cpu":
-        lost = "seconds of tracing in every process, many in the first, for a few percent of a step"
+    form = winner.form.name if winner.form else terms.dtype
+    share = SPARED.get((hardware.kind, terms.ops), 0.0)
+    kept = mark(need.arch.transformer, hardware, terms.dtype, form, terms.ops, terms.attention).exists()
+    once, again = (TRACING, "kept from before, and traced") if kept else (COMPILING, "nothing is kept from before")
+    spared = share * winner.seconds.step * need.work.steps * need.work.images
+    if asked is False:
+        lost = "asked not to"
+    elif need.tier.exact:
+        lost = "the exact tier keeps the reference's rounding"
+    elif not share:
+        what = "our operations" if terms.ops != "reference" else "the operations"
+        lost = f"seconds of tracing in every process, {COMPILING:.0f} in the first, and nothing is known to be gained on {what} here"
+    elif problem:
+        lost = problem
+    elif spared * requests <= once:
+        lost = (
+            f"about {once:.0f} s in this process ({again}) for {spared:.2g} s of a request, predicted: it pays after "
+            f"{math.ceil(once / spared)}, and {requests} {'is' if requests == 1 else 'are'} expected"
+        )
     else:
-        lost = "not asked for" if asked is None else "asked not to"
+        why = f"about {spared:.2g} s of each of {requests} requests, predicted, for {once:.0f} s once ({again})"
+        return Choice("compile", "blocks", why, (("off", "a pass over memory for every operation"),))
     return Choice("compile", "off", "fused operations leave it little", (("blocks", lost),))
 
 
@@ -212,19 +260,25 @@ def choose_freed(hardware: Hardware) -> Choice:
 
 
 def choose_cache(need: Need) -> tuple[Choice, CachePolicy | None]:
-    """Step caching, where the tier allows it, the model's thresholds are calibrated and there are steps to skip."""
+    """Step caching, where the tier allows it, the model has thresholds and there are steps to skip."""
     policy = need.tier.cache.get(need.model)
     if not need.tier.cache:
         return Choice("step cache", "off", f"the {need.tier.name} tier computes every step"), None
     if need.variant != "standard":
         return Choice("step cache", "off", f"{need.variant} has {need.work.steps} steps, each unlike the last"), None
     if policy is None:
-        return Choice("step cache", "off", f"no thresholds are calibrated for {need.model}"), None
+        return Choice("step cache", "off", f"the {need.tier.name} tier has no thresholds for {need.model}"), None
     policy = policy.at(need.work.steps)
     spared = f"not in the first {policy.warmup} or the last {policy.tail}"
     if policy.threshold == math.inf:
         return Choice("step cache", "mask", f"{policy.limit} steps in a row are skipped whole, {spared}"), policy
     reason = f"the first block's change below {policy.threshold:g} skips the others, at most {policy.limit} steps in a row, {spared}"
+    reason += f"; about {policy.skipped(need.work.steps):.0f} steps are expected to be"
+    if not policy.measured:
+        reason += (
+            f". Not calibrated on {need.model}: the threshold and that number follow published figures (configs/tiers.toml), "
+            f"and `python -m scripts.calibrate_cache --model {need.model}` measures what they cost"
+        )
     return Choice("step cache", "first block", reason), policy
 
 
@@ -286,12 +340,18 @@ def held(candidate: Candidate) -> tuple[object, ...]:
 def figures_choice(hardware: Hardware) -> Choice:
     """What the predictions rest on."""
     rates = f"{hardware.flops[hardware.fast_dtypes[0]] / 1e12:.3g} TFLOP/s"
+    eight = [
+        f"{'fp8' if n.startswith('float8') else n} {hardware.flops[n] / 1e12:.3g}"
+        for n in EIGHT_BIT
+        if n in hardware.flops
+    ]
+    rates += f" ({', '.join(eight)})" if eight else ""
     if hardware.kind == "cuda":
         rates += f", {hardware.link_rate / 1e9:.3g} GB/s from the host"
     if hardware.measured:
         return Choice("figures", "measured", f"{rates}; kept here, and `flux2-local doctor --measure` measures again")
     if hardware.described:
-        return Choice(
-            "figures", "public", f"{rates}; {show_bytes(hardware.ram)} of host memory are taken for given (--ram)"
-        )
-    return Choice("figures", "public", f"{rates}; `flux2-local doctor --measure` replaces them by what is reached here")
+        given = f"{show_bytes(hardware.ram)} of host memory (--ram) and {hardware.disk_rate / 1e9:g} GB/s from the disk"
+        return Choice("figures", "public", f"{rates}; source: {hardware.source}; {given} are taken for given")
+    replaced = "`flux2-local doctor --measure` replaces them by what is reached here"
+    return Choice("figures", "public", f"{rates}; source: {hardware.source}; {replaced}")

@@ -20,6 +20,7 @@ from .model.meta import meta
 from .model.transformer import Flux2Transformer, TransformerConfig
 
 if TYPE_CHECKING:
+    from . import quant
     from .hardware import Hardware
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,13 +33,14 @@ tokens share. With the bundled model on one core a step at 512×512 (336 tokens)
 at 768×768 (656 tokens) a twentieth at most, and at 1024×1024 no less (``python -m benchmarks.bulk``)."""
 
 
-INT8_IN, INT8_OUT = 30, 20
-"""Bytes moved at the rate of a copy for each value that an int8 layer on a CPU rounds, and for each sum that it scales back. An
-estimate: CPU time of the layers of ``scripts/measure_int8.py`` on one busy core of 19 GB/s, where they took 1.5 and 1.1 ns."""
+ROUNDED = {"cpu": (30, 20), "cuda": (3, 0), "mps": (3, 0)}
+"""Bytes moved at the rate of a copy for each value that an 8-bit layer rounds, and for each sum that it scales back. On a CPU an
+estimate: CPU time of the layers of ``scripts/measure_int8.py`` on one busy core of 19 GB/s, where they took 1.5 and 1.1 ns. On a card
+what the kernels read and write: 16 bit and 8, and sums are scaled in registers."""
 
 CONVERTED = 215
-"""Bytes moved, likewise, to make a weight int8 and keep it: klein-4B took 63 s more to load than in 16 bit on two cores of 25 GB/s
-(``benchmarks/results/klein-4b-cpu-2026-11-24.json``)."""
+"""Bytes moved, likewise, to make a weight int8 and keep it on a CPU: klein-4B took 63 s more to load than in 16 bit on two cores of
+25 GB/s (``benchmarks/results/klein-4b-cpu-2026-11-24.json``)."""
 
 CHAT, CHAT_STEP = 384, 64
 """Tokens of a chat that asks for a prompt's expansion, where there is no tokenizer to count them: an estimate. Counts are rounded
@@ -207,11 +209,13 @@ class Linears:
     inputs: float
     outputs: float
 
-    def int8_seconds(self, tokens: int, hardware: Hardware, dtype: str) -> float:
-        """Seconds that int8 layers take for ``tokens`` on a CPU beyond those of ``dtype``; below zero where they gain."""
-        rates = hardware.flops
-        products = 2 * self.weights * (1 / rates["int8"] - 1 / rates.get(dtype, rates["float32"]))
-        return tokens * (products + (INT8_IN * self.inputs + INT8_OUT * self.outputs) / hardware.memory_rate)
+    def seconds_beyond(self, tokens: int, hardware: Hardware, dtype: str, form: quant.Format) -> float:
+        """Seconds that layers of ``form``, whose products have a rate, take for ``tokens`` beyond those of ``dtype``; below zero
+        where they gain."""
+        rates, (rounded, scaled) = hardware.flops, ROUNDED[hardware.kind]
+        dense = rates.get(dtype, rates["float32"])
+        products = 2 * self.weights * (1 / rates[form.product] - 1 / dense) + 2 * form.rotation * self.inputs / dense
+        return tokens * (products + (rounded * self.inputs + scaled * self.outputs) / hardware.memory_rate)
 
 
 @cache
@@ -237,6 +241,16 @@ def full_tokens(hardware: Hardware, dtype: str) -> int:
     return math.ceil(rate / hardware.memory_rate * WIDTH[dtype] / 2)
 
 
+def conversion_seconds(arch: Architecture, hardware: Hardware, form: quant.Format) -> float:
+    """Seconds that making and keeping ``form``'s weights adds to the first loading: on a CPU :data:`CONVERTED`, elsewhere writing
+    them, at the rate that files are read at."""
+    weights = sum(parameters(arch)[name] for name in ("transformer", "text_encoder"))
+    if hardware.kind == "cpu":
+        return CONVERTED * weights / hardware.memory_rate
+    return form.weight_bytes * weights / hardware.disk_rate
+
+
+@cache
 def decode_flops(arch: Architecture, width: int, height: int) -> float:
     """FLOPs of decoding one picture: convolutions, linear layers and the middle's attention."""
     net = network(arch, "vae")

@@ -175,6 +175,8 @@ def attention_rows(hardware: Hardware) -> dict[str, str]:
 def hardware_rows(hardware: Hardware) -> dict[str, str]:
     source = "measured" if hardware.measured else "public figures; --measure times them here"
     products = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in hardware.flops.items())
+    if not hardware.measured and hardware.source:
+        source += f"; source: {hardware.source}"
     rows = {
         "device": f"{hardware.device}: {hardware.name}",
         "memory": f"{show_bytes(hardware.memory)}, {show_bytes(hardware.free)} free",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -11,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import BackendUnavailableError, PlanError
-from .presets import DevicePreset, devices
+from .presets import DISK_RATE, DevicePreset, devices
 from .rates import measured, once
 
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["cuda", "cpu", "mps"]
-
-DISK_RATE = 3e9
-"""Bytes/s read from an NVMe disk on four PCIe 3.0 lanes (3.9e9 in theory); assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,13 @@ class Hardware:
         cores: processor cores that this process may use.
         sm: CUDA compute capability as a number (89 for 8.9), or None.
         fast_dtypes: types whose matrix products run at the device's full rate, fastest first.
-        flops: FLOP/s of a large matrix product per dtype, where measured or known; "int8" where a CPU has instructions for it.
+        flops: FLOP/s of a large matrix product per dtype, where measured or known; of "int8" and "float8_e4m3fn" where the device
+            has instructions, and there is an implementation here that uses them.
         memory_rate: bytes/s of device memory, read plus written.
         link_rate: bytes/s from page-locked host memory to the device.
-        disk_rate: bytes/s of reading weights' files.
+        disk_rate: bytes/s of reading weights' files; assumed.
         measured: whether the rates were measured here.
+        source: where rates that were not are from.
     """
 
     device: str
@@ -58,6 +58,7 @@ class Hardware:
     link_rate: float
     measured: bool
     disk_rate: float = DISK_RATE
+    source: str = ""
 
     @property
     def described(self) -> bool:
@@ -132,20 +133,29 @@ def _probe_cuda(device: str) -> Hardware:
     free, total = torch.cuda.mem_get_info(index)
     rated = rate_of(facts.name, sm, facts.multi_processor_count)
     fast = ("bfloat16", "float16") if sm >= 80 else ("float16",)
+    kernels = importlib.util.find_spec("triton") is not None  # without them 8-bit weights are multiplied in plain torch
+    rated = replace(rated, eight_bit=rated.eight_bit if kernels else {})
     return _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
 
 
 def rate_of(name: str, sm: int, processors: int) -> DevicePreset:
-    """Rates of a card by its name, or guessed from its processors where ``devices.toml`` has no such card."""
+    """Rates of a card by its name, or guessed from its processors where ``devices.toml`` has no such card: those of 8-bit types
+    are to the 16-bit one's as those of the newest card there that is no newer."""
     words = name.lower().replace("nvidia", "").replace("geforce", "").split()
-    best = max(
-        (d for d in devices().values() if d.kind == "cuda"),
-        key=lambda d: sum(w in d.title.lower().split() for w in words),
-    )
+    cards = [d for d in devices().values() if d.kind == "cuda"]
+    best = max(cards, key=lambda d: sum(w in d.title.lower().split() for w in words))
     if all(w in best.title.lower().split() for w in words if any(c.isdigit() for c in w)):
         return best
+    kin = max((d for d in cards if (d.sm or 0) <= sm), key=lambda d: d.sm or 0, default=None)
     per_processor = 1.3e12 if sm >= 89 else 0.87e12 if sm >= 80 else 0.5e12
-    return replace(best, flops=per_processor * processors, memory_rate=4e11, link_rate=12e9)
+    return replace(
+        best,
+        flops=per_processor * processors,
+        memory_rate=4e11,
+        link_rate=12e9,
+        eight_bit=kin.eight_bit if kin else {},
+        source=f"guessed from {processors} processors of compute capability {sm / 10:.1f}",
+    )
 
 
 def _probe_cpu() -> Hardware:
@@ -157,7 +167,7 @@ def _probe_cpu() -> Hardware:
 
 def _host(rated: DevicePreset, device: str, free: int, fast: tuple[str, ...]) -> Hardware:
     cores = usable_cores()
-    rates = cpu_rates(cores, fast) if rated.kind == "cpu" else card_rates(rated.flops, fast)
+    rates = cpu_rates(cores, fast) if rated.kind == "cpu" else card_rates(rated, fast)
     return Hardware(
         device=device,
         kind=rated.kind,
@@ -172,12 +182,17 @@ def _host(rated: DevicePreset, device: str, free: int, fast: tuple[str, ...]) ->
         memory_rate=rated.memory_rate,
         link_rate=rated.link_rate,
         measured=False,
+        disk_rate=rated.disk_rate,
+        source="guessed from the instructions and cores that the processor has"
+        if rated.kind == "cpu"
+        else rated.source,
     )
 
 
-def card_rates(flops: float, fast: tuple[str, ...]) -> dict[str, float]:
-    """FLOP/s per dtype of a card that runs ``fast`` types at ``flops``: a quarter of it in others."""
-    return {**dict.fromkeys(fast, flops), "float32": flops / 4}
+def card_rates(rated: DevicePreset, fast: tuple[str, ...]) -> dict[str, float]:
+    """FLOP/s per dtype of a card that runs ``fast`` types at its rate: a quarter of it in others, multiples in 8 bit."""
+    eight = {name: multiple * rated.flops for name, multiple in rated.eight_bit.items()}
+    return {**dict.fromkeys(fast, rated.flops), "float32": rated.flops / 4, **eight}
 
 
 def cpu_rates(cores: int, fast: tuple[str, ...]) -> dict[str, float]:
@@ -220,10 +235,12 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
         cores=os.cpu_count() or 1,
         sm=row.sm,
         fast_dtypes=fast,
-        flops={"float32": row.flops} if row.kind == "cpu" else card_rates(row.flops, fast),
+        flops={"float32": row.flops} if row.kind == "cpu" else card_rates(row, fast),
         memory_rate=row.memory_rate,
         link_rate=row.link_rate,
         measured=False,
+        disk_rate=row.disk_rate,
+        source=row.source,
     )
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import nn
 from . import attention, heap, weights
 from . import lora as loras
 from .costs import Architecture
-from .files import cache_folder
+from .errors import OutputError
+from .files import cache_folder, write
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.blocks import SCHEDULE
-from .model.compiled import compile_blocks
+from .model.compiled import compile_blocks, mark
 from .model.language import LanguageConfig, LanguageModel, Remainder
 from .model.meta import meta
 from .model.native import NATIVE
@@ -130,6 +131,8 @@ def build(
     hold_text_encoder: Hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
     if plan.compile == "blocks":
         compile_blocks(transformer, cache_folder("compiled"))
+        with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
+            write(mark(arch.transformer, hardware, plan.dtype, plan.transformer.format, plan.ops, plan.attention), b"")
     vae = build_vae(checkpoint, DTYPES[plan.vae.format])
     if plan.fold_upsampling:
         vae.fold_upsampling()

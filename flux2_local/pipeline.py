@@ -75,6 +75,7 @@ class Flux2:
         attention: str = AUTO,
         compile: bool | None = None,  # noqa: A002
         keep_prompts: bool = False,
+        requests: int = 1,
     ) -> Flux2:
         """Find a model, plan for this machine and load it. Nothing is downloaded.
 
@@ -92,9 +93,10 @@ class Flux2:
             base: for a single file, the model whose text encoder and autoencoder go with it.
             attention: a backend of :mod:`flux2_local.attention` to insist on; "auto" takes the fastest that the tier permits.
             compile: True has torch.compile take the transformer's blocks: slow to start, worth it for hundreds of pictures; what is
-                compiled is kept for the next process. None leaves it to the plan.
+                compiled is kept for the next process. None leaves it to the plan, which weighs it for so many ``requests``.
             keep_prompts: keep prompts' embeddings in the user's cache folder (not the prompts, and at most 1 GiB), and read the
                 text encoder only for a prompt that is not among them: the next process draws it sooner.
+            requests: about how many pictures are to come.
 
         Raises:
             RequestError: an argument that is none of its allowed values.
@@ -111,6 +113,7 @@ class Flux2:
             quantize=quantize,
             compile=compile,
             keep_prompts=keep_prompts,
+            requests=requests,
         )
         hardware = hardware_to_use(device, settings)
         if hardware.device in devices():
@@ -118,6 +121,7 @@ class Flux2:
                 f"{hardware.device} is a card's description, good for `flux2-local plan` only. Leave device out to use what is here."
             )
         checkpoint, plan = choose(model, settings, hardware, Work(), base)
+        settings = replace(settings, settled=next(choice for choice in plan.choices if choice.what == "compile"))
         return cls(plan, checkpoint, hardware, settings)
 
     def generate(

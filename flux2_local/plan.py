@@ -5,6 +5,7 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,11 +23,11 @@ from .choices import (
     choose_freed,
     choose_guidance,
     choose_ops,
-    conversion,
     expansion_choice,
     figures_choice,
     folds,
     formats,
+    gained,
     layout_choice,
     schedule_choice,
     upsampling_choice,
@@ -34,7 +35,7 @@ from .choices import (
 from .costs import Work
 from .errors import BudgetError
 from .hardware import Hardware
-from .presets import CachePolicy, Tier, show_bytes
+from .presets import CachePolicy, show_bytes
 from .request import Acceleration, Variant
 
 
@@ -48,6 +49,8 @@ class Wishes:
         attention: "auto", or the attention backend.
         quantize: "auto", "none" or the format that the weights are to have.
         compiled: whether torch.compile takes the transformer's blocks, or None.
+        requests: that are expected, by which it is weighed whether compiling pays.
+        settled: the choice about compiling that was made when the model was loaded, if it was.
     """
 
     vram: int | None = None
@@ -55,6 +58,8 @@ class Wishes:
     attention: str = AUTO
     quantize: str = "auto"
     compiled: bool | None = None
+    requests: int = 1
+    settled: Choice | None = None
 
 
 NO_WISHES = Wishes()
@@ -113,7 +118,8 @@ class Plan:
         channels_last: whether convolutions run in channels-last layout.
         fold_upsampling: whether the decoder doubles pictures at the lower resolution.
         keep_freed: whether the process keeps host memory that it frees.
-        encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first.
+        encode_seconds, step_seconds: predictions for ``work``: reading the prompt, and a denoising step after the first,
+            on the average of those that are computed and those that the step cache is expected to skip.
         expand_seconds: prediction for ``work``: rewriting the prompt, roughly.
         place_seconds: prediction for ``work``: moving weights before and in the first step, and the autoencoder's, with reading the
             references where that is done once.
@@ -184,13 +190,22 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     """
     kind_choice, dtype = choose_dtype(need.tier, hardware, wishes.dtype)
     attention_choice = choose_attention(need, hardware, dtype, wishes.attention)
-    compile_choice = choose_compile(hardware, wishes.compiled)
-    ops_choice = choose_ops(need, hardware, dtype, compile_choice.value != "off")
+    ops_choice = choose_ops(need, hardware, dtype, wishes.compiled is True)
     cache_choice, cache = choose_cache(need)
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
     limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
-    terms = Terms(need, hardware, dtype, limit, ops_choice.value, attention_choice.value, cache is not None, folded)
+    terms = Terms(
+        need,
+        hardware,
+        dtype,
+        limit,
+        ops_choice.value,
+        attention_choice.value,
+        cache is not None,
+        folded,
+        spared(need, cache),
+    )
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
     drafts = [Draft(terms, form, held, way) for form in wanted for held in layouts(hardware) for way in ways(need)]
     candidates = sorted((draft.candidate() for draft in drafts), key=lambda c: c.seconds.total(need.work))
@@ -199,6 +214,11 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         raise does_not_fit(terms, min(drafts, key=least))
     winner, reason = prefer(fitting, wanted, need)
     verdicts = {c.name: c.problem or lost(c, winner, need) for c in candidates if c is not winner}
+    compile_choice = choose_compile(terms, winner, wishes.compiled, wishes.requests)
+    if (
+        wishes.settled is not None and not need.tier.exact
+    ):  # weights are not loaded anew because another number of steps would pay
+        compile_choice = wishes.settled
     held = ComponentPlan(dtype, winner.layout.vae)
     batch_choice, batch, peak = choose_batch(terms, winner)
     return Plan(
@@ -234,7 +254,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
         choices=(
             kind_choice,
             schedule_choice(terms),
-            choose_format(need.tier, dtype, wanted, winner, wishes.quantize, conversion(terms, winner, fitting)),
+            choose_format(need.tier, dtype, wanted, winner, wishes.quantize, gained(terms, winner, fitting)),
             Choice("placement", winner.name, f"{reason}: {winner.reason}", tuple(verdicts.items())),
             *expansion_choice(terms, winner),
             attention_choice,
@@ -256,43 +276,60 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
     """The candidate to take, and why.
 
     The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
-    order of ``wanted`` (those measured faster here where the tier permits them, then the smallest loss) whose quickest candidate
-    takes no longer than the tier's patience times the quickest of all, or leaves nothing to wish (:func:`content`).
+    order of ``wanted`` whose quickest candidate takes no longer than the tier's patience times the quickest of all. Seconds that
+    faster arithmetic gains count in tiers that want it alone (:func:`weighed`).
 
     Args:
         fitting: candidates that fit, the quickest first.
         wanted: formats, most wanted first.
         need: what is planned for.
     """
-    tier, work = need.tier, need.work
-    faithful = [c for c in fitting if c.form is None or c.form.loss <= tier.loss] or fitting
-    quickest = faithful[0].seconds.total(work)
+    tier = need.tier
+    faithful = [c for c in fitting if c.loss <= tier.loss] or fitting
+    quickest = min(weighed(c, need) for c in faithful)
     for form in wanted:
         best = next((c for c in faithful if c.form is form), None)
-        if best is not None and (best.seconds.total(work) <= tier.patience * quickest or content(best, tier)):
+        if best is not None and weighed(best, need) <= tier.patience * quickest:
             break
     assert best is not None, "the quickest itself is within its own time"
+    if best is fitting[0]:
+        return best, "the fastest that fits"
     if best is faithful[0]:
-        return best, "the fastest that fits" if best is fitting[
-            0
-        ] else "the fastest that fits with a loss that the tier allows"
-    if content(best, tier):
+        return best, "the fastest that fits with a loss that the tier allows"
+    if best.form is None and weighed(best, need) == quickest:
         return best, "the fastest in 16 bit"
+    if best.loss > faithful[0].loss:
+        return (
+            best,
+            f"what this device's 8-bit units are made for, in at most {tier.patience:g} times the fastest's seconds",
+        )
     return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
 
 
-def content(candidate: Candidate, tier: Tier) -> bool:
-    """Whether nothing but faster arithmetic could be gained by a format, and the tier does not want it for that."""
-    return candidate.form is None and candidate.layout.name == "resident" and not tier.quantize
+def weighed(candidate: Candidate, need: Need) -> float:
+    """Seconds by which formats are compared: without what faster arithmetic gains where the tier takes formats for memory alone."""
+    return (candidate.seconds if need.tier.quantize else candidate.plain).total(need.work)
+
+
+def spared(need: Need, cache: CachePolicy | None) -> float:
+    """The share of a step's seconds that a step cache is expected to spare on the average; the first block may be computed all the
+    same."""
+    if cache is None:
+        return 0.0
+    t = need.arch.transformer
+    computed = 0.0 if cache.threshold == math.inf else 1 / (t.num_layers + t.num_single_layers)
+    return cache.skipped(need.work.steps) / need.work.steps * (1 - computed)
 
 
 def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
     """Why a candidate that fits was not taken."""
     seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
-    if candidate.form is not winner.form and candidate.form is not None and candidate.form.loss > need.tier.loss:
-        return f"layers' outputs {candidate.form.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
-    if seconds < best and content(winner, need.tier):
-        return f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
+    if candidate.form is not winner.form and candidate.loss > need.tier.loss:
+        return f"layers' outputs {candidate.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
+    if seconds < best and not need.tier.quantize:
+        told = f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
+        gains = weighed(candidate, need) < weighed(winner, need)
+        return f"{told}, and that gains less than {need.tier.patience:g} times the speed" if gains else told
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
     if seconds == best and (candidate.form, candidate.layout) == (winner.form, winner.layout):

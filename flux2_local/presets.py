@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,12 @@ from .request import Acceleration, Variant
 PACKAGE = Path(__file__).parent
 BUNDLED = PACKAGE / "tiny"
 """Folder of the bundled model's weights."""
+
+DISK_RATE = 3e9
+"""Bytes/s of reading weights' files where nothing says more: an NVMe disk on four PCIe 3.0 lanes (3.9e9 in theory); assumed."""
+
+EIGHT_BIT = {"int8": "int8_tops", "float8_e4m3fn": "fp8_tflops"}
+"""8-bit types of matrix products, by torch's name, and their rates in ``devices.toml``."""
 
 Guidance = Literal["embedded", "cfg", "none"]
 
@@ -96,6 +103,8 @@ class CachePolicy:
         tail: steps at the end that are always computed.
         limit: most steps skipped in a row.
         steps: of the pictures that it was calibrated on.
+        expected: with a finite threshold, the share of all steps that is skipped in a picture on the average.
+        measured: whether ``scripts/calibrate_cache.py`` found the row on this model; else it follows published figures.
     """
 
     threshold: float
@@ -103,6 +112,14 @@ class CachePolicy:
     tail: int
     limit: int
     steps: int = 28
+    expected: float = 0.0
+    measured: bool = True
+
+    def skipped(self, steps: int) -> float:
+        """Of so many steps, those that are expected to be skipped; exact where their numbers alone decide."""
+        free = max(0, steps - self.tail - self.warmup)
+        most = free - free // (self.limit + 1)
+        return most if self.threshold == math.inf else min(most, self.expected * steps)
 
     def at(self, steps: int) -> CachePolicy:
         """The policy for pictures of ``steps`` steps: fewer lie farther apart, and fewer in a row can be skipped."""
@@ -111,8 +128,8 @@ class CachePolicy:
 
 @dataclass(frozen=True)
 class Tier:
-    """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its calibrated step-cache policy; ``quantize``
-    permits formats that were measured faster than 16 bit even where memory does not call for them. ``loss`` and ``patience`` weigh
+    """One tier of ``tiers.toml``: what it permits. ``cache`` maps a model to its step-cache policy; ``quantize``
+    permits formats that are faster than 16 bit even where memory does not call for them. ``loss`` and ``patience`` weigh
     a format's loss against the seconds that it saves (:func:`flux2_local.plan.prefer`)."""
 
     name: Acceleration
@@ -127,7 +144,13 @@ class Tier:
 
 @dataclass(frozen=True)
 class DevicePreset:
-    """One device of ``devices.toml``. Rates in FLOP/s and bytes/s, memory in bytes."""
+    """One device of ``devices.toml``. Rates in FLOP/s and bytes/s, memory in bytes.
+
+    Attributes:
+        flops: of products in 16 bit (float32 on a CPU).
+        eight_bit: of products of 8-bit types, by torch's name, as multiples of ``flops``.
+        source: where the rates are from.
+    """
 
     name: str
     title: str
@@ -137,6 +160,9 @@ class DevicePreset:
     memory_rate: float
     link_rate: float
     sm: int | None = None
+    eight_bit: dict[str, float] = field(default_factory=dict)
+    disk_rate: float = DISK_RATE
+    source: str = ""
 
 
 def config_folder() -> Path:
@@ -209,6 +235,15 @@ def tiers() -> dict[Acceleration, Tier]:
     }
 
 
+def _eight_bit(row: dict[str, Any]) -> dict[str, float]:
+    reached = row["tflops"] * row["efficiency"]
+    return {
+        name: row[key] * row[f"{key.split('_')[0]}_efficiency"] / reached
+        for name, key in EIGHT_BIT.items()
+        if key in row
+    }
+
+
 @cache
 def devices() -> dict[str, DevicePreset]:
     """Public figures of common devices by name."""
@@ -222,6 +257,9 @@ def devices() -> dict[str, DevicePreset]:
             memory_rate=row["memory_gbs"] * 1e9,
             link_rate=row["link_gbs"] * 1e9,
             sm=row.get("sm"),
+            eight_bit=_eight_bit(row),
+            disk_rate=row.get("disk_gbs", DISK_RATE / 1e9) * 1e9,
+            source=row["source"],
         )
         for name, row in _table("devices").items()
     }

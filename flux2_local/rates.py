@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError
 from .files import cache_folder, write
+from .presets import EIGHT_BIT
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .hardware import Hardware
 
 SWITCH = "FLUX2_LOCAL_MEASURE"
@@ -58,7 +61,8 @@ def measure(device: str, dtypes: Iterable[str], seconds: float = SECONDS) -> dic
 
     Args:
         device: "cuda", "cuda:1" or "cpu".
-        dtypes: of the products, torch's names; int8's are summed in int32.
+        dtypes: of the products, torch's names; int8's are summed in int32, and the others of 8 bit are left out where this torch
+            or device has none.
     """
     import torch
 
@@ -73,12 +77,30 @@ def measure(device: str, dtypes: Iterable[str], seconds: float = SECONDS) -> dic
     draw = torch.Generator(device).manual_seed(0)
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device, generator=draw).to(getattr(torch, dtype)) for _ in range(2))
-        product = torch._int_mm if dtype == "int8" else torch.mm  # bytes that overflow are multiplied as fast
-        work[dtype] = 2.0 * side**3, lambda product=product, a=a, b=b: product(a, b)  # type: ignore[misc]
+        call = multiplied(dtype, a, b)
+        try:
+            call()
+        except RuntimeError:  # this torch or card has no such product
+            if dtype in EIGHT_BIT:
+                continue
+            raise
+        work[dtype] = 2.0 * side**3, call
     wait = (lambda: torch.cuda.synchronize(device)) if kind == "cuda" else (lambda: None)
     with torch.inference_mode():
         took = typical({name: call for name, (_, call) in work.items()}, wait, seconds)
     return {name: amount / took[name] for name, (amount, _) in work.items()}
+
+
+def multiplied(dtype: str, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """The product of two matrices of one dtype; 8-bit ones lie as layers have them on a card, a weight's input channels together."""
+    import torch
+
+    if dtype == "float8_e4m3fn":
+        one = torch.ones((), device=a.device)
+        return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    if dtype == "int8":  # bytes that overflow are multiplied as fast
+        return lambda: torch._int_mm(a, b.t() if b.is_cuda else b)
+    return lambda: torch.mm(a, b)
 
 
 def typical(calls: dict[str, Callable[[], Any]], wait: Callable[[], None], seconds: float) -> dict[str, float]:
@@ -133,7 +155,8 @@ def off() -> bool:
 
 
 def measured(hardware: Hardware) -> Hardware:
-    """``hardware`` with the rates that were kept for it; as it is where there are none, or :data:`SWITCH` is off."""
+    """``hardware`` with the rates that were kept for it; as it is where there are none, or :data:`SWITCH` is off. 8-bit rates of a
+    card that were not kept are the public multiples of the 16-bit one that was."""
     if off():
         return hardware
     try:
@@ -141,6 +164,10 @@ def measured(hardware: Hardware) -> Hardware:
         rates = {name: float(rate) for name, rate in found.items() if float(rate) > 0}
     except (OSError, ValueError, TypeError, AttributeError):
         return hardware
+    fast = hardware.fast_dtypes[0]
+    if hardware.kind == "cuda" and fast in rates:
+        for name in EIGHT_BIT.keys() & hardware.flops.keys():
+            rates.setdefault(name, hardware.flops[name] * rates[fast] / hardware.flops[fast])
     if not {"copy", *hardware.flops} <= rates.keys():
         return hardware
     return replace(

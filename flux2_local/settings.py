@@ -60,6 +60,7 @@ def make_settings(
     quantize: str = "auto",
     compile: bool | None = None,  # noqa: A002
     keep_prompts: bool = False,
+    requests: int = 1,
 ) -> Settings:
     """Check the arguments of :meth:`Flux2.load` that have these names.
 
@@ -76,6 +77,8 @@ def make_settings(
         if value not in allowed:
             words = ", ".join(str(a) for a in allowed if a is not None)
             raise RequestError(f"{name} must be one of {words}; {value!r} was given.")
+    if requests < 1:
+        raise RequestError(f"requests must be at least 1; {requests} was given.")
     try:
         budget = None if vram is None else parse_bytes(vram)
     except ValueError as error:
@@ -89,6 +92,7 @@ def make_settings(
         attention=attention,
         quantize=quantize,
         compiled=compile,
+        requests=requests,
         variant=variant,  # type: ignore[arg-type]
         acceleration=acceleration,  # type: ignore[arg-type]
         adapters=found,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 import torch
 
 from benchmarks import masks
-from flux2_local import Flux2
+from flux2_local import Flux2, store
 from flux2_local.cache import Recorded, StepCache, watched
 from flux2_local.candidates import Need
 from flux2_local.choices import choose_cache
 from flux2_local.costs import Work
 from flux2_local.errors import RequestError
 from flux2_local.explore import family_architecture
-from flux2_local.presets import CachePolicy, models, tiers
+from flux2_local.hardware import from_preset
+from flux2_local.plan import make_plan
+from flux2_local.presets import CachePolicy, families, models, tiers
+from scripts import calibrate_cache
 
 EVERY = CachePolicy(threshold=1e9, warmup=2, tail=1, limit=2)
 MASK = replace(EVERY, threshold=float("inf"))
@@ -142,3 +146,53 @@ def test_only_calibrated_models_and_many_steps_are_cached():
 def test_fewer_steps_skip_fewer_in_a_row():
     policy = CachePolicy(math.inf, warmup=3, tail=1, limit=4)
     assert [policy.at(steps).limit for steps in (4, 14, 28, 50)] == [1, 2, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("steps", "policy"), [(28, MASK), (28, replace(MASK, limit=4)), (9, MASK), (4, MASK), (2, MASK)]
+)
+def test_the_skips_that_are_predicted_are_those_that_happen(steps, policy):
+    cache = StepCache(policy, tuple(np.linspace(1, 0, steps + 1)))
+    for step in range(steps):
+        if cache.rest(torch.ones(1)) is None:
+            cache.keep(torch.full((1,), float(step)))
+    assert len(cache.skipped) == policy.skipped(steps)
+    assert replace(policy, threshold=0.1, expected=1.0).skipped(steps) == len(cache.skipped)
+    assert replace(policy, threshold=0.1, expected=0.25).skipped(28) == 7
+
+
+@pytest.mark.parametrize("name", ["dev", "klein-4b-base"])
+def test_a_threshold_that_is_not_calibrated_is_said_to_be(name):
+    """And counted in the prediction; in the high tier alone, and not for distilled variants."""
+    plans = {tier: plan_of(name, "standard", tier) for tier in ("regular", "high")}
+    policy, choice = plans["high"].cache, next(c for c in plans["high"].choices if c.what == "step cache")
+    assert plans["regular"].cache is None and not policy.measured and policy.skipped(28) == pytest.approx(8.12)
+    assert "Not calibrated" in choice.reason and f"scripts.calibrate_cache --model {name}" in choice.reason
+    blocks = sum(families()[models()[name].family]["transformer"][f"num_{kind}layers"] for kind in ("", "single_"))
+    whole = plan_of(name, "standard", "high", steps=4).step_seconds  # none of four may be skipped
+    assert plans["high"].step_seconds == pytest.approx(whole * (1 - 0.29 * (1 - 1 / blocks)))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("dev", "turbo"), ("dev", "flash"), ("klein-9b", "standard")])
+def test_distilled_variants_compute_every_step(name, variant):
+    assert plan_of(name, variant, "high").cache is None
+
+
+def plan_of(name, variant, tier, steps=None):
+    preset = models()[name]
+    work = Work(1024, 1024, steps or preset.recipe(variant).steps)
+    return make_plan(Need(name, variant, tiers()[tier], family_architecture(preset), work), from_preset("h200"))
+
+
+@pytest.mark.parametrize("folder", ["dev_folder", "klein_base_folder"])
+def test_any_model_can_be_calibrated(folder, monkeypatch, request, capsys):
+    """The row that is printed last is one for ``configs/tiers.toml``."""
+    path = request.getfixturevalue(folder)
+    options = ["--pictures", "1", "--steps", "6", "--warmups", "2", "--limits", "2", "--bound", "-99"]
+    monkeypatch.setattr("sys.argv", ["calibrate", "--model", str(path), "--thresholds", "1e9", *options])
+    calibrate_cache.main()
+    *_, measured, best = capsys.readouterr().out.splitlines()
+    name, policy = next(iter(tomllib.loads(best.partition("dB: ")[2])["cache"].items()))
+    assert name == store.find(path, "standard").name and CachePolicy(**policy).measured
+    assert (policy["threshold"], policy["warmup"], policy["limit"], policy["steps"]) == (1e9, 2, 2, 6)
+    assert float(measured.split()[4]) > 5

@@ -4,17 +4,19 @@ import json
 import os
 import threading
 import time
+import tomllib
 from dataclasses import replace
 
 import pytest
+from flux2_kernels.rates import MULTIPLES
 
 from flux2_local import Flux2, PlanError, rates
 from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, hardware_rows
-from flux2_local.hardware import ASSUMED_RAM, from_preset, probe
+from flux2_local.hardware import ASSUMED_RAM, from_preset, probe, rate_of
 from flux2_local.plan import Wishes, make_plan
-from flux2_local.presets import models, tiers
+from flux2_local.presets import EIGHT_BIT, config_folder, devices, models, tiers
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,41 @@ def test_another_torch_or_device_has_rates_of_its_own(monkeypatch):
 
 def test_a_described_machine_has_the_host_memory_that_the_plan_says():
     assert from_preset("rtx-4090").ram == ASSUMED_RAM
-    assert "64.0 GiB of host memory are taken for given" in figures(from_preset("rtx-4090"))[0].reason
+    assert (
+        "; 64.0 GiB of host memory (--ram) and 3 GB/s from the disk are taken"
+        in figures(from_preset("rtx-4090"))[0].reason
+    )
+
+
+def test_eight_bit_rates_that_were_not_kept_follow_the_measured_one():
+    card = from_preset("rtx-4090")
+    kept = {"copy": 9e11, "link": 2e10, "bfloat16": 80e12, "float16": 80e12, "float32": 2e13}
+    rates.write(rates.place(card), json.dumps(kept).encode())
+    found = rates.measured(card)
+    assert found.measured and found.flops["bfloat16"] == 80e12
+    assert found.flops["int8"] == pytest.approx(80e12 * card.flops["int8"] / card.flops["bfloat16"])
+    rates.write(rates.place(card), json.dumps(kept | {"int8": 3e14}).encode())
+    assert rates.measured(card).flops["int8"] == 3e14
+
+
+@pytest.mark.parametrize("name", [name for name, row in devices().items() if row.kind == "cuda"])
+def test_the_tables_peaks_are_the_multiples_that_rooflines_use(name):
+    row = tomllib.loads((config_folder() / "devices.toml").read_text("utf-8"))[name]
+    for dtype, multiple in MULTIPLES[row["sm"]].items():
+        assert row[EIGHT_BIT[str(dtype).removeprefix("torch.")]] == pytest.approx(multiple * row["tflops"], rel=0.02)
+    assert len(devices()[name].eight_bit) == len(MULTIPLES[row["sm"]])
+
+
+def test_every_device_says_where_its_rates_are_from():
+    for name, row in devices().items():
+        assert row.source and figures(from_preset(name, 2**38))[0].reason.count(row.source) == 1
+
+
+def test_a_card_that_is_in_no_table_has_the_multiples_of_the_newest_that_is_no_newer():
+    known = devices()
+    for sm, kin in ((75, None), (80, "a100"), (87, "rtx-3090"), (100, "h100"), (121, "rtx-5090")):
+        guessed = rate_of("NVIDIA Quadro X-1", sm, 60)
+        assert guessed.eight_bit == (known[kin].eight_bit if kin else {}) and "guessed from 60" in guessed.source
 
 
 # ---- by itself ----
@@ -208,3 +244,19 @@ def test_measuring_leaves_the_users_random_numbers_alone(monkeypatch):
     before = torch.get_rng_state()
     rates.measure("cpu", ["float32"], 0.001)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_8_bit_product_that_there_is_not_is_not_measured(monkeypatch):
+    import torch
+
+    def refused(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(rates, "SMALL", 64)
+    monkeypatch.setitem(rates.PRODUCT, "cpu", 64)
+    monkeypatch.setattr(rates, "COPIED", 2**16)
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    assert set(rates.measure("cpu", ["float32", "int8", "float8_e4m3fn"], 0.001)) == {"copy", "float32", "int8"}
+    monkeypatch.setattr(torch, "mm", refused)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        rates.measure("cpu", ["float32"], 0.001)

@@ -13,10 +13,10 @@ import torch
 from test_plan import need, need_of
 from torch._dynamo.utils import counters
 
-from flux2_local import BackendUnavailableError, Flux2, load
+from flux2_local import BackendUnavailableError, Flux2, RequestError, load
 from flux2_local import attention as backends
 from flux2_local.hardware import from_preset, probe
-from flux2_local.model.compiled import compile_blocks
+from flux2_local.model.compiled import compile_blocks, mark
 from flux2_local.model.ops import REFERENCE
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
 from flux2_local.plan import Wishes, built, make_plan
@@ -137,3 +137,66 @@ def test_a_model_is_loaded_with_its_blocks_compiled(fresh, dev_folder, monkeypat
     pictures = [np.asarray(flux.generate("a boat", **fields).images[0].image).astype(int) for flux in (plain, compiled)]
     assert counters["stats"]["unique_graphs"] == 2
     assert np.abs(pictures[0] - pictures[1]).mean() < 2
+
+
+TURING = {"sm": 75, "fast_dtypes": ("float16",), "kind": "cuda"}
+"""A card that our kernels do not run on and the compiler's do."""
+
+
+def compile_choice(tier="regular", requests=1, **wishes):
+    card = replace(from_preset("rtx-3060"), **TURING)
+    plan = make_plan(need("klein-4b", tier=tier), card, Wishes(requests=requests, **wishes))
+    return plan, next(choice for choice in plan.choices if choice.what == "compile")
+
+
+def test_compiling_is_taken_where_it_pays(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan, one = compile_choice()
+    assert (plan.ops, plan.compile) == ("reference", "off") and "and 1 is expected" in one.rejected[0][1]
+    pays = int(one.rejected[0][1].split("pays after ")[1].split(",")[0])
+    assert 1 < pays < 1000
+    for count, value in ((pays - 1, "off"), (pays + 1, "blocks")):
+        plan, choice = compile_choice(requests=count)
+        assert plan.compile == choice.value == value
+    assert f"each of {pays + 1} requests" in choice.reason and "nothing is kept" in choice.reason
+    assert (
+        compile_choice("none", 10**6)[0].compile == compile_choice(requests=10**6, compiled=False)[0].compile == "off"
+    )
+
+
+def test_compiling_pays_sooner_where_its_code_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan, cold = compile_choice()
+    arch = need("klein-4b").arch.transformer
+    card = replace(from_preset("rtx-3060"), **TURING)
+    kept = mark(arch, card, plan.dtype, plan.transformer.format, plan.ops, plan.attention)
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    warm = compile_choice()[1]
+    count = [int(c.rejected[0][1].split("pays after ")[1].split(",")[0]) for c in (cold, warm) if c.rejected]
+    assert warm.value == "blocks" or count[1] < count[0]
+    assert "kept from before" in str(warm)
+    for other in ({"dtype": "float32"}, {"quantize": "builtin-int4"}):
+        assert "nothing is kept" in str(compile_choice(**other)[1])
+
+
+def test_fused_operations_are_never_compiled_unasked():
+    for device in ("rtx-4090", "h200"):
+        plan = make_plan(need(), from_preset(device), Wishes(requests=10**9))
+        why = next(choice for choice in plan.choices if choice.what == "compile").rejected[0][1]
+        assert (plan.ops, plan.compile) == (
+            "triton",
+            "off",
+        ) and "nothing is known to be gained on our operations" in why
+
+
+def test_what_loading_chose_about_compiling_holds_for_its_requests(dev_folder):
+    """Whatever their size: the weights are not loaded anew for it."""
+    flux = Flux2.load(dev_folder, requests=3)
+    assert flux.settings.requests == 3 and flux.settings.settled.value == "off"
+    settled = replace(flux.settings.settled, value="blocks", reason="it pays")
+    for tier, value in (("regular", "blocks"), ("none", "off")):
+        plan = make_plan(need_of(dev_folder, tier), flux.hardware, replace(flux.settings, settled=settled))
+        assert plan.compile == value
+    with pytest.raises(RequestError, match="at least 1"):
+        Flux2.load(dev_folder, requests=0)

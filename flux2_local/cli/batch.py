@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,9 +166,10 @@ def batch(
     names = [name.strip() for name in devices.split(",")] if devices else []
     choice = EngineChoice(loading, engine, names, workers, threads)
     job = read_job(prompts, input_format, loading, defaults, (grid, seeds, repeat, job_seed), strict, as_json)
+    choice = replace(choice, loading={**loading, "requests": max(1, job.count // (len(names) or workers or 1))})
     target = Target(output, layout, shard_size, resume, overwrite)
     if dry_run:
-        predict(job, target, loading, as_json)
+        predict(job, target, choice.loading, as_json)
     else:
         run(job, target, choice, parquet, as_json, quiet)
     if job.bad:

@@ -29,6 +29,9 @@ def plan(
     attention: options.Attention = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = None,
+    requests: Annotated[
+        int, typer.Option("--requests", min=1, help="How many are to come; whether compiling pays.")
+    ] = 1,
     as_json: options.Json = False,
 ) -> None:
     from ..explore import plan_for
@@ -43,6 +46,7 @@ def plan(
         attention=attention or "auto",
         quantize=quantize or "auto",
         compile=compiled,
+        requests=requests,
     )
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)

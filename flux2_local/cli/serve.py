@@ -13,6 +13,8 @@ from . import options
 
 DEFAULT_PORT = 8484
 KEY_VARIABLE = "FLUX2_LOCAL_KEY"
+EXPECTED = 1000
+"""Requests that a server is taken to answer, by which its plans weigh whether compiling pays."""
 
 
 def default_folder() -> Path:
@@ -77,7 +79,7 @@ def serve(
     loading: dict[str, Any] = {
         "model": model, "acceleration": acceleration, "lora": options.parse_loras(lora) or None, "vram": vram,
         "device": device, "dtype": dtype, "attention": attention, "quantize": quantize, "compile": compiled,
-        "keep_prompts": keep_prompts, "base": base,
+        "keep_prompts": keep_prompts, "base": base, "requests": EXPECTED,
     }  # fmt: skip
     secure = (0 if port == 0 else port + 1) if tls_port is None else tls_port
     settings = Settings(

@@ -1,19 +1,23 @@
 """torch.compile for the repeated blocks: two small graphs, one per kind of block, for every size of picture.
 
-What is compiled is kept on disk, so that the next process traces but does not compile again.
+What is compiled is kept on disk, so that the next process traces but does not compile again. A mark beside it says what it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .transformer import Flux2Transformer
+from ..files import cache_folder
+from .transformer import Flux2Transformer, TransformerConfig
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -30,6 +34,18 @@ def reason_against(hardware: Hardware) -> str | None:
     if hardware.kind == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     return None
+
+
+def mark(config: TransformerConfig, hardware: Hardware, *how: str) -> Path:
+    """The file that is there when blocks like these were compiled before, for this device and by this torch.
+
+    Args:
+        config: the transformer's.
+        hardware: the device that computes.
+        how: it computes: its type, weights' format, operations and attention.
+    """
+    facts = [asdict(config), torch.__version__, hardware.name, *how]
+    return cache_folder("compiled") / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.mark"
 
 
 def compile_blocks(transformer: Flux2Transformer, folder: Path, backend: str = "inductor") -> None:

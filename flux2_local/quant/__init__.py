@@ -4,7 +4,7 @@
 quantized and how, ``convert`` does it, ``measure`` finds the layers that suffer most, ``disk`` keeps the result.
 """
 
-from .formats import FORMATS, NAMES, Format, automatic, find
+from .formats import FORMATS, NAMES, Format, automatic, eight_bit, find
 from .recipe import Recipe, recipe_for
 
-__all__ = ["FORMATS", "NAMES", "Format", "Recipe", "automatic", "find", "recipe_for"]
+__all__ = ["FORMATS", "NAMES", "Format", "Recipe", "automatic", "eight_bit", "find", "recipe_for"]

@@ -30,8 +30,8 @@ class Format:
         rounded: whether rows of activations are made int8 too, where weights share scales by group.
         rotation: largest block of input channels that a Hadamard matrix mixes; 0 is none.
         automatic: whether the planner may choose it; the others are used when they are named.
-        faster: compute capabilities on which pictures were measured to take less time than in 16 bit.
-        product: what its matrix products are of on a CPU, a key of :attr:`Hardware.flops`; "" for the compute type.
+        product: what its matrix products are of, a key of :attr:`Hardware.flops` where the device is fast at it; "" for the compute
+            type.
         not_kept: why its weights are quantized at every loading; "" where they are kept on disk.
         note: what to know before choosing it.
     """
@@ -48,7 +48,6 @@ class Format:
     rounded: bool = False
     rotation: int = 0
     automatic: bool = False
-    faster: tuple[int, ...] = ()
     product: str = ""
     not_kept: str = ""
     note: str = ""
@@ -82,6 +81,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 TORCHAO: tuple[tuple[str, str], ...] = (("torchao", "0.18"),)
 QUANTO: tuple[tuple[str, str], ...] = (("optimum-quanto", "0.2.7"),)
+FP8 = "float8_e4m3fn"
 ROW_CHANNELS = 3072
 ROW, GROUP_128 = 4 / ROW_CHANNELS, 4 / 128
 UNPACKS = "multiplies in the compute type after unpacking the weights at every call"
@@ -90,9 +90,9 @@ FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
         Format("builtin-int8", "builtin", 1 + ROW, 0.012, automatic=True, product="int8"),
-        Format("builtin-int8-rotated", "builtin", 1 + ROW, 0.012, rotation=128),
-        Format("builtin-fp8", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89),
-        Format("builtin-fp8-rotated", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, rotation=128),
+        Format("builtin-int8-rotated", "builtin", 1 + ROW, 0.012, rotation=128, product="int8"),
+        Format("builtin-fp8", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, automatic=True, product=FP8),
+        Format("builtin-fp8-rotated", "builtin", 1 + ROW, 0.0375, kinds=("cuda",), sm=89, rotation=128, product=FP8),
         Format("builtin-int4", "builtin", 0.5 + GROUP_128, 0.116, group=128, automatic=True),
         Format(
             "builtin-int4-int8", "builtin", 0.5 + GROUP_128, 0.117, dtypes=HALF, kinds=("cuda",), sm=80, group=128,
@@ -131,9 +131,8 @@ def find(name: str, hardware: Hardware, dtype: str) -> Format:
     Raises:
         BackendUnavailableError: it cannot be used here; the message says why, how to get it, and what can be.
     """
-    if name == "builtin":
-        name = "builtin-fp8" if hardware.kind == "cuda" and (hardware.sm or 0) >= FP8_FIRST else "builtin-int8"
-    form = FORMATS[name]
+    form = FORMATS[eight_bit(hardware) if name == "builtin" else name]
+    name = form.name
     reason = form.reason_against(hardware, dtype)
     if reason is not None:
         usable = [f.name for f in FORMATS.values() if f.reason_against(hardware, dtype) is None]
@@ -141,6 +140,11 @@ def find(name: str, hardware: Hardware, dtype: str) -> Format:
             f"The format {name} cannot be used here: {reason}. Usable here: {', '.join(usable) or 'none'}."
         )
     return form
+
+
+def eight_bit(hardware: Hardware) -> str:
+    """The built-in 8-bit format that a device's units are made for."""
+    return "builtin-fp8" if hardware.kind == "cuda" and (hardware.sm or 0) >= FP8_FIRST else "builtin-int8"
 
 
 def automatic(hardware: Hardware, dtype: str) -> tuple[Format, ...]:
