@@ -46,6 +46,7 @@ class Mapped:
 
     def release(self) -> None:
         """Leave the network alone from here on, so that it goes when nobody has it any more."""
+        self._visitors.release()
         for hook in self._hooks:
             hook.remove()
 

@@ -82,6 +82,7 @@ class Streamed:
 
     def release(self) -> None:
         """Leave the network alone from here on, so that it, and its host buffers with it, go when nobody has it any more."""
+        self._visitors.release()
         for hook in self._hooks:
             hook.remove()
 

@@ -29,9 +29,10 @@ class Visitors:
         inside = {id(table) for (table, _), _ in self._home}
         self.rest = [entry for entry in hung(network) if id(entry[0][0]) not in inside]
         self._here = False
+        self._hooks = []
         if parts:
-            parts[0].register_forward_pre_hook(self._come)
-            repeated(network)[0].register_forward_pre_hook(self.leave)
+            self._hooks.append(parts[0].register_forward_pre_hook(self._come))
+            self._hooks.append(repeated(network)[0].register_forward_pre_hook(self.leave))
 
     def _come(self, *_: Any) -> None:
         if not self._here:
@@ -47,3 +48,8 @@ class Visitors:
             for _, value in self._home:
                 for leaf in on_host(value):
                     release(leaf)
+
+    def release(self) -> None:
+        """Leave the network alone from here on."""
+        for hook in self._hooks:
+            hook.remove()
