@@ -22,7 +22,7 @@ from flux2_local.load import language_name
 from flux2_local.model.autoencoder import Autoencoder, AutoencoderConfig, patchify, starts, unpatchify
 from flux2_local.model.language import LanguageConfig, LanguageModel
 from flux2_local.model.transformer import Flux2Transformer, TransformerConfig
-from flux2_local.weights import fill
+from flux2_local.weights import fill, fitting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,7 +151,7 @@ def language_pair(kind: str):
     config = LanguageConfig.from_dict(theirs.config.to_dict())
     with torch.device("meta"):
         ours = LanguageModel(config, (1, 3, 5))
-    fill(ours, iter(theirs.state_dict().items()), dtype=torch.float32, source="test", rename=language_name)
+    fill(ours, fitting(ours, iter(theirs.state_dict().items()), "test", language_name), dtype=torch.float32)
     return theirs, ours
 
 
