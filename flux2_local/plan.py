@@ -209,8 +209,9 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     fitting = [c for c in candidates if not c.problem]
     if not fitting:
         raise does_not_fit(terms, min(drafts, key=least))
-    winner, reason = prefer(fitting, wanted, need)
-    verdicts = {c.name: c.problem or lost(c, winner, need) for c in candidates if c is not winner}
+    wholly = need.tier.quantize or all(c.form or c.layout.transformer == "streamed" for c in fitting)
+    winner, reason = prefer(fitting, wanted, need, wholly)
+    verdicts = {c.name: c.problem or lost(c, winner, need, wholly) for c in candidates if c is not winner}
     compile_choice = choose_compile(terms, winner, wishes.compiled, wishes.requests)
     if (
         wishes.settled is not None and not need.tier.exact
@@ -275,31 +276,33 @@ def adapted(need: Need) -> bool:
     return need.variant != "standard" and (known is None or known.recipe(need.variant).lora is not None)
 
 
-def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], need: Need) -> tuple[Candidate, str]:
+def prefer(
+    fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], need: Need, wholly: bool
+) -> tuple[Candidate, str]:
     """The candidate to take, and why.
 
     The rule: formats whose loss is above the tier's are set aside while anything else fits. Of the rest, the first format in the
-    order of ``wanted`` whose quickest candidate takes no longer than the tier's patience times the quickest of all. Seconds that
-    faster arithmetic gains count in tiers that want it alone (:func:`weighed`).
+    order of ``wanted`` whose quickest candidate takes no longer than the tier's patience times the quickest of all.
 
     Args:
         fitting: candidates that fit, the quickest first.
         wanted: formats, most wanted first.
         need: what is planned for.
+        wholly: of :func:`weighed`.
     """
     tier = need.tier
     faithful = [c for c in fitting if c.loss <= tier.loss] or fitting
-    quickest = min(weighed(c, need) for c in faithful)
+    quickest = min(weighed(c, need, wholly) for c in faithful)
     for form in wanted:
         best = next((c for c in faithful if c.form is form), None)
-        if best is not None and weighed(best, need) <= tier.patience * quickest:
+        if best is not None and weighed(best, need, wholly) <= tier.patience * quickest:
             break
     assert best is not None, "the quickest itself is within its own time"
     if best is fitting[0]:
         return best, "the fastest that fits"
     if best is faithful[0]:
         return best, "the fastest that fits with a loss that the tier allows"
-    if best.form is None and weighed(best, need) == quickest:
+    if best.form is None and weighed(best, need, wholly) == quickest:
         return best, "the fastest in 16 bit"
     if best.loss > faithful[0].loss:
         return (
@@ -309,9 +312,10 @@ def prefer(fitting: list[Candidate], wanted: tuple[quant.Format | None, ...], ne
     return best, f"a smaller loss than the fastest's, in at most {tier.patience:g} times its seconds"
 
 
-def weighed(candidate: Candidate, need: Need) -> float:
-    """Seconds by which formats are compared: without what faster arithmetic gains where the tier takes formats for memory alone."""
-    return (candidate.seconds if need.tier.quantize else candidate.plain).total(need.work)
+def weighed(candidate: Candidate, need: Need, wholly: bool) -> float:
+    """Seconds by which formats are compared. What faster arithmetic gains counts ``wholly`` in tiers that want it, and in all where
+    16-bit weights fit only by moving in every step, so that memory calls for smaller ones anyway."""
+    return (candidate.seconds if wholly else candidate.plain).total(need.work)
 
 
 def spared(need: Need, cache: CachePolicy | None) -> float:
@@ -324,14 +328,14 @@ def spared(need: Need, cache: CachePolicy | None) -> float:
     return cache.skipped(need.work.steps) / need.work.steps * (1 - computed)
 
 
-def lost(candidate: Candidate, winner: Candidate, need: Need) -> str:
+def lost(candidate: Candidate, winner: Candidate, need: Need, wholly: bool) -> str:
     """Why a candidate that fits was not taken."""
     seconds, best = (c.seconds.total(need.work) for c in (candidate, winner))
     if candidate.form is not winner.form and candidate.loss > need.tier.loss:
         return f"layers' outputs {candidate.loss:.1%} off, and {need.tier.name} takes at most {need.tier.loss:.0%} where it can"
     if seconds < best and not need.tier.quantize:
         told = f"{seconds:.1f} s, but a larger loss, which {need.tier.name} takes for memory alone"
-        gains = weighed(candidate, need) < weighed(winner, need)
+        gains = weighed(candidate, need, wholly) < weighed(winner, need, wholly)
         return f"{told}, and that gains less than {need.tier.patience:g} times the speed" if gains else told
     if seconds < best:
         return f"{seconds:.1f} s, but a larger loss for less than {need.tier.patience:g} times the speed"
