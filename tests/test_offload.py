@@ -129,7 +129,8 @@ def test_a_merged_lora_streams(tmp_path, dev_folder, layer, rows, columns):
 
 @pytest.mark.parametrize("quantize", ["", "builtin-int8"])
 def test_compiled_blocks_stream(fresh, tmp_path, quantize):  # noqa: F811
-    """Two graphs for every size, whatever buffer a block's weights are in, and what was computed without streaming."""
+    """Two graphs for every size, whatever buffer a block's weights are in, and what was computed without streaming. Where rows are
+    quantized, the last block has one of its own: what follows it takes them as they are."""
     net, want = network(), network()
     for one in (net, want) if quantize else ():
         convert(one, Recipe(quantize), torch.float32, torch.device("cpu"))
@@ -138,7 +139,7 @@ def test_compiled_blocks_stream(fresh, tmp_path, quantize):  # noqa: F811
     with Streamed(net, SimulatedLink(), (0, 3), ())():
         for tokens in SIZES:
             assert torch.equal(forward(net, tokens), forward(want, tokens))
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == (3 if quantize else 2) and not counters["graph_break"]
 
 
 def test_other_blocks_may_stay_and_be_pinned_from_one_use_to_the_next(dev_folder):
