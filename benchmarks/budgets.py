@@ -119,7 +119,7 @@ def from_files(case: Case, folder: Path) -> dict[str, Any]:
         name = that_fits(name, folder)
         folder = folder if name == case.model else synthetic.folder(name, folder.with_name(name))
         random_model.write_networks(name, folder, seed=0, published=False)
-    with mock.patch.object(pipeline, "find_hardware", lambda _: poor(probe(case.device))):
+    with mock.patch.object(pipeline, "hardware_to_use", lambda *_: poor(probe(case.device))):
         flux = Flux2.load(folder, device=case.device, vram=case.budget or None, quantize="none")
     return pictures(case, flux) | {"model": name, "mapped": flux.plan.transformer.mapped}
 

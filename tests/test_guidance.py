@@ -117,7 +117,7 @@ def choice_of(plan):
 
 
 def test_streamed_passes_run_together_and_resident_ones_apart():
-    resident, streamed = (make_plan(need(BASE), card(memory)) for memory in ("22GiB", "5GiB"))
+    resident, streamed = (make_plan(need(BASE), card(memory), Wishes(quantize="none")) for memory in ("22GiB", "5GiB"))
     assert (resident.transformer.placement, resident.together) == ("resident", False)
     assert (streamed.transformer.placement, streamed.together) == ("streamed", True)
     assert "come once for both" in explain(streamed) and "fills the device by itself" in explain(resident)

@@ -148,7 +148,8 @@ def test_the_plan_says_how_many_and_what_they_need(tiny):
     assert plenty.batch == 4 and four > 2 * single
     decoding = footprint.carried(setup, replace(one, batch=4)) + footprint.decoding(setup, 512, 512, 0)
     previewing = footprint.sampling(setup, replace(one, batch=4)) + footprint.decoding(setup, 512, 512, 0)
-    assert plenty.peak_bytes == held + footprint.encoding(setup) + max(four, decoding, previewing)
+    kept = footprint.tables(setup, replace(one, batch=4))
+    assert plenty.peak_bytes == held + kept + footprint.encoding(setup) + max(four, decoding, previewing)
 
 
 def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):

@@ -99,7 +99,7 @@ def card(memory, ram="64GiB", **changes):
 
 
 def test_as_much_stays_on_the_device_as_fits():
-    big, middle, small = (make_plan(need(), card(n)) for n in ("22GiB", "11GiB", "5GiB"))
+    big, middle, small = (make_plan(need(), card(n), Wishes(quantize="none")) for n in ("22GiB", "11GiB", "5GiB"))
     held = [(p.transformer.placement, p.text_encoder.placement) for p in (big, middle, small)]
     assert held == [("resident", "resident"), ("resident", "streamed"), ("streamed", "streamed")]
     assert any("resident" in name and "needs" in why for c in small.choices for name, why in c.rejected)
@@ -124,7 +124,8 @@ def test_expansion_is_planned_for_within_the_same_budget(name, memory):
 
 
 def test_moving_weights_is_predicted_once_for_all_pictures_of_a_request():
-    one, four = (make_plan(need(work=Work(steps=4, images=images)), card("5GiB")) for images in (1, 4))
+    dense = Wishes(quantize="none")
+    one, four = (make_plan(need(work=Work(steps=4, images=images)), card("5GiB"), dense) for images in (1, 4))
     assert one.transformer.placement == "streamed" and one.place_seconds == four.place_seconds > 0
     assert four.seconds - one.seconds == pytest.approx(3 * (4 * one.step_seconds + one.decode_seconds))
 
