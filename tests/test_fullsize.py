@@ -10,12 +10,14 @@ import torch
 
 from benchmarks import budgets, masks, synthetic, tiers
 from benchmarks.verdicts import tally, told
-from flux2_local import Flux2, load
+from flux2_local import Flux2, load, presets
 from flux2_local.bench.contenders import CONTENDERS
 from flux2_local.cache import Recorded
+from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, RequestError
 from flux2_local.hardware import from_preset, probe
+from flux2_local.plan import make_plan
 from flux2_local.presets import families
 from flux2_local.settings import choose, make_settings
 from flux2_local.store import find
@@ -119,8 +121,11 @@ def test_a_host_without_memory_has_blocks_come_from_their_files(tmp_path):
     folder = synthetic.folder(budgets.OTHERWISE, tmp_path / "klein-4b")
     settings = make_settings("standard", "regular", vram=8 * 10**9, quantize="none")
     rich = from_preset("h200", 64 * 2**30)
+    checkpoint, _ = choose(folder, settings, rich, Work())
+    arch = replace(load.architecture(checkpoint), stored="bfloat16")  # as the files that the case writes
+    need = Need(checkpoint.name, "standard", presets.tiers()["regular"], arch, Work())
     for hardware, mapped in ((rich, False), (budgets.poor(rich), True)):
-        _, plan = choose(folder, settings, hardware, Work())
+        plan = make_plan(need, hardware, settings)
         assert (plan.transformer.placement, bool(plan.transformer.mapped)) == ("streamed", mapped)
 
 
