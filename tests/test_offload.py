@@ -240,6 +240,7 @@ def timed(sizes, seconds, link, stay, mapped=()):
     return network, Streamed(network, link, stay, mapped)
 
 
+@pytest.mark.alone
 def test_copies_run_while_blocks_compute():
     """Ten blocks of 20 ms: alone 0.2 s, their copies 0.16 s; one after the other 0.36 s."""
     sizes, seconds = [80_000] * 10, 0.02
