@@ -40,9 +40,6 @@ PREVIEW = 16
 GATHERED = 4
 """Pictures of different requests in bulk for which the transformer is brought once. They are ready together."""
 
-SHARES = 64
-"""Paces of streaming that are tried for one that fits."""
-
 
 @dataclass(frozen=True)
 class Need:
@@ -352,21 +349,15 @@ class Draft:
         """The most blocks that may stay."""
         if self.layout.transformer != "streamed":
             return ()
-        sizes = self.weights("transformer").blocks
-        for share in range(SHARES):
-            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
-            if self.denoising(stay) <= self.terms.limit:
-                return stay
-        return ()
+        tried = costs.staying(self.weights("transformer").blocks)
+        return next((stay for stay in tried if self.denoising(stay) <= self.terms.limit), ())
 
     def expansion_stay(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The most blocks of the text encoder, and of what expansion needs beside it, that may stay while a prompt is expanded."""
         if not self.terms.need.work.chat or self.placement("expansion") == "resident":
             return (), ()
         own = self.weights("text_encoder").blocks if self.layout.text_encoder == "streamed" else ()
-        sizes = (*own, *self.weights("expansion").blocks)
-        for share in range(SHARES):
-            stay = costs.blocks_that_stay(sizes, max(sizes) * share / SHARES)
+        for stay in costs.staying((*own, *self.weights("expansion").blocks)):
             text = tuple(n for n in stay if n < len(own))
             others = tuple(n - len(own) for n in stay if n >= len(own))
             if max(self.expanding(text, others), self.encoding(text)) <= self.terms.limit:
@@ -389,7 +380,7 @@ class Draft:
             if self.placement(name) != "resident"
         }
         every = {name: tuple(range(len(one.held.blocks))) for name, one in away.items()}
-        if self.terms.hardware.kind == "cpu" and self.layout is MAPPED:
+        if self.layout is MAPPED:
             return {name: Home(every[name], False, 0) for name in away}
         once = away.get("expansion")
         if once is None or not once.filed or len(expansion_stay) < len(every["expansion"]):
@@ -420,7 +411,7 @@ class Draft:
         """Predicted seconds, expansion left out."""
         need, hardware = self.terms.need, self.terms.hardware
         arch, work = need.arch, need.work
-        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        flops = hardware.products(self.terms.dtype)
         compute = costs.step_flops(arch, work) / flops
         compute += self.beyond("transformer", (arch.text_tokens + arch.step_tokens(work)) * arch.passes * work.batch)
         encode = costs.encode_flops(arch) / flops + self.beyond("text_encoder", arch.text_tokens * arch.passes)
@@ -468,7 +459,7 @@ class Draft:
         if home := found.get("expansion"):
             moving += self.stream(stay, home).moving(others.blocks)
         token = max(moving, (own.total + others.total) / hardware.memory_rate)
-        flops = hardware.flops.get(self.terms.dtype, hardware.flops["float32"])
+        flops = hardware.products(self.terms.dtype)
         return arrive + costs.expand_flops(need.arch, need.work.chat) / flops + costs.ANSWER * token
 
     def beyond(self, component: str, tokens: int) -> float:

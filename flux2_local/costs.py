@@ -7,6 +7,7 @@ Bytes are in :mod:`flux2_local.footprint`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -239,7 +240,7 @@ def full_tokens(hardware: Hardware, dtype: str) -> int:
     GPU the roofline's ridge, where 2 FLOPs a token and weight take as long as reading the weight."""
     if hardware.kind == "cpu":
         return FULL_TOKENS_CPU
-    rate = hardware.flops.get(dtype, hardware.flops["float32"])
+    rate = hardware.products(dtype)
     return math.ceil(rate / hardware.memory_rate * WIDTH[dtype] / 2)
 
 
@@ -337,6 +338,16 @@ def stream_seconds(compute: float, sizes: tuple[int, ...], stream: Stream, steps
                 freed.append(now)
         ends.append(now)
     return ends[0], (ends[-1] - ends[0]) / (steps - 1)
+
+
+SHARES = 64
+"""Paces of streaming that are tried for one that fits."""
+
+
+def staying(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Ever fewer numbers of blocks that stay (:func:`blocks_that_stay`), beginning with all, among which to find those that fit."""
+    for share in range(SHARES if sizes else 0):
+        yield blocks_that_stay(sizes, max(sizes) * share / SHARES)
 
 
 def blocks_that_stay(sizes: tuple[int, ...], pace: float) -> tuple[int, ...]:

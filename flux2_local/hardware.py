@@ -60,6 +60,10 @@ class Hardware:
     disk_rate: float = DISK_RATE
     source: str = ""
 
+    def products(self, dtype: str) -> float:
+        """FLOP/s of large matrix products in a compute type: float32's where that one's are not known."""
+        return self.flops.get(dtype, self.flops["float32"])
+
     @property
     def described(self) -> bool:
         """Whether this is a preset's description of a machine that is not at hand."""

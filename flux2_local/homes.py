@@ -9,9 +9,6 @@ from . import costs
 from .footprint import Weights
 from .offload.link import STAGES
 
-SHARES = 64
-"""Paces of reading files that are tried for one whose rest fits into host memory."""
-
 
 @dataclass(frozen=True)
 class Traveller:
@@ -72,15 +69,10 @@ def homes(travellers: Mapping[str, Traveller], room: int) -> dict[str, Home]:
 
 def shared(one: Traveller, room: int) -> Home:
     """A home of which only ``room`` bytes are for blocks."""
-    sizes, pinned = one.held.blocks, set[int]()
-    stay = set(one.stay)
+    sizes, stay = one.held.blocks, set(one.stay)
     moving = [number for number in range(len(sizes)) if number not in stay]
-    for share in range(SHARES if moving else 0):
-        pace = max(sizes[n] for n in moving) * share / SHARES
-        some = [moving[i] for i in costs.blocks_that_stay(tuple(sizes[n] for n in moving), pace)]
-        if sum(sizes[n] for n in some) <= room:
-            pinned.update(some)
-            break
+    tried = ([moving[i] for i in chosen] for chosen in costs.staying(tuple(sizes[n] for n in moving)))
+    pinned = set(next((some for some in tried if sum(sizes[n] for n in some) <= room), ()))
     room -= sum(sizes[n] for n in pinned)
     for number in [*moving, *one.stay]:
         if number not in pinned and sizes[number] <= room:

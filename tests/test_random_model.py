@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from components import TRANSFORMER, VAE, language_numbers
+from components import SIGHT, TRANSFORMER, VAE, language_numbers
 from diffusers import Flux2Pipeline
 
 from flux2_local import Flux2
@@ -25,14 +25,6 @@ SMALL = {
         "text_encoder": {**language_numbers(32, 1024), "model_type": "mistral", "rope_theta": 1e9},
         "vae": VAE,
     },
-}
-SIGHT = {
-    "model_type": "pixtral",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "head_dim": 8,
 }
 
 
