@@ -213,10 +213,8 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     winner, reason = prefer(fitting, wanted, need, wholly)
     verdicts = {c.name: c.problem or lost(c, winner, need, wholly) for c in candidates if c is not winner}
     compile_choice = choose_compile(terms, winner, wishes.compiled, wishes.requests)
-    if (
-        wishes.settled is not None and not need.tier.exact
-    ):  # weights are not loaded anew because another number of steps would pay
-        compile_choice = wishes.settled
+    if wishes.settled is not None and not need.tier.exact:
+        compile_choice = wishes.settled  # weights are not loaded anew because another number of steps would pay
     held = ComponentPlan(dtype, winner.layout.vae)
     batch_choice, batch, peak = choose_batch(terms, winner)
     return Plan(

@@ -131,6 +131,17 @@ def read_files(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise WeightsDamagedError(f"{path} cannot be read: {reason(error)}. {FETCH_AGAIN}") from error
 
 
+def entry(value: Tensor, begin: int) -> dict[str, Any]:
+    """What a safetensors header says of a tensor whose bytes begin at ``begin``."""
+    kind = next(name for name, dtype in mapping.DTYPES.items() if dtype == value.dtype)
+    return {"dtype": kind, "shape": list(value.shape), "data_offsets": [begin, begin + value.nbytes]}
+
+
+def content(value: Tensor) -> memoryview:
+    """A tensor's bytes, on the host."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, at most one tensor at a time on the host beside those that are there.
 
@@ -142,19 +153,18 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     Raises:
         OSError: it cannot be written.
     """
-    names = {kind: name for name, kind in mapping.DTYPES.items()}
     order = sorted(tensors.items(), key=lambda one: (-one[1].element_size(), one[0]))
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, value in order:
-        begin, end = end, end + value.nbytes
-        entries[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+        entries[name] = entry(value, end)
+        end += value.nbytes
     head = json.dumps(entries, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     with path.open("wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for _, value in order:
-            f.write(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            f.write(content(value))
 
 
 @contextmanager
@@ -169,8 +179,8 @@ def growing(path: Path, metadata: dict[str, str]) -> Iterator[Callable[[str, Ten
         OSError: it cannot be written.
         ValueError: a tensor would leave the next one unaligned, or the header is too long.
     """
-    names, end = {kind: name for name, kind in mapping.DTYPES.items()}, 0
     entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     with path.open("wb") as f:
         f.seek(8 + HEADER)
 
@@ -178,9 +188,9 @@ def growing(path: Path, metadata: dict[str, str]) -> Iterator[Callable[[str, Ten
             nonlocal end
             if value.nbytes % 8:
                 raise ValueError(f"{name} has {value.nbytes} bytes")
-            begin, end = end, end + value.nbytes
-            entries[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
-            f.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            entries[name] = entry(value, end)
+            end += value.nbytes
+            f.write(content(value))
 
         yield add
         head = json.dumps(entries, separators=(",", ":")).encode()

@@ -9,18 +9,16 @@ Shapes: B pictures, N image tokens (reference tokens included), L text tokens, D
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import REFERENCE, Input, Ops, Quantizer, Rotary, Rows
-
-T = TypeVar("T")
+from .recent import Recent
 
 ROPE_THETA = 2000
 
@@ -363,23 +361,6 @@ class OutputNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = linear(width, 2 * width)
-
-
-class Recent(Generic[T]):
-    """The last values that were made, by what they were made from."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._made: OrderedDict[Hashable, T] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value that was made from ``key``, or a new one in the place of the oldest."""
-        if key not in self._made:
-            while len(self._made) >= self.most:
-                self._made.popitem(last=False)
-            self._made[key] = make()
-        self._made.move_to_end(key)
-        return self._made[key]
 
 
 class Flux2Transformer(nn.Module):
