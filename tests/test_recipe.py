@@ -170,6 +170,9 @@ def test_tokens_around_things_are_all_of_theirs_and_some_others():
     for row, k in zip(kept, kind, strict=True):
         assert len(set(row.tolist())) == 128
         assert (k[row] > 0).sum() == (k > 0).sum()
+    few = kind.take_along_dim(layout.around(kind, 0.125), 1)
+    signs = (kind == layout.SIGN).sum(1)
+    assert signs.max() > 0 and torch.equal((few == layout.SIGN).sum(1), signs.clamp(max=32)), "signs before things"
     assert torch.equal(layout.around(kind, 1.0), torch.arange(256).expand(40, -1))
 
 
@@ -191,19 +194,20 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     assert float(loss.detach()) < 0.1 * before
 
 
-@pytest.mark.parametrize("kept", [1.0, 0.375])
-def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, kept):
+@pytest.mark.parametrize("look", [flow.WHOLE, flow.THINGS, flow.SIGNS], ids=["whole", "things", "signs"])
+def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, look):
     run = Run(tmp_path, minutes=1)
     rng = np.random.default_rng(0)
-    np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(64, 256, 128)).astype(np.float16))
-    samples = flow.Samples(run, {flow.SQUARE: 1.0}, (kept,))
+    np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(200, 256, 128)).astype(np.float16))
+    samples = flow.Samples(run, {flow.SQUARE: 1.0}, (look,))
     model = network.build()
     model.teller = layout.Teller()
     text, *rest = next(
         flow.flow_batches(run, lambda prompts: torch.randn(len(prompts), network.TEXT_TOKENS, 384).bfloat16(), samples)
     )
-    count = flow.TOKENS_PER_BATCH["cpu"] // (round(kept * 256) + network.TEXT_TOKENS)
-    assert text.shape[0] == count and rest[1].shape == (count, round(kept * 256), 128)
+    count = flow.TOKENS_PER_BATCH["cpu"] // (round(look.share * 256) + network.TEXT_TOKENS)
+    assert text.shape[0] == count and rest[1].shape == (count, round(look.share * 256), 128)
+    assert not look.signs or (rest[3] == layout.SIGN).any(1).all(), "every picture has a sign, and it is computed"
     loss = flow.flow_loss(model, text, *rest)
     loss.backward()
     assert loss.isfinite()

@@ -19,7 +19,7 @@ STAGES = {
     "latents": "the transformer's pictures, drawn and encoded once",
     "small": "the transformer, by rectified flow on pictures of 256x256",
     "things": "the same transformer, on larger sizes, around things and signs alone",
-    "flow": "the same transformer, on larger sizes, whole pictures and around things in turn",
+    "flow": "the same transformer, on larger sizes, whole pictures, around things and around signs in turn",
     "polish": "the decoder once more, on what the transformer makes of pictures",
     "guidance": "guidance distillation of the transformer",
     "trajectories": "the guided transformer's own paths, for the two step distillations",

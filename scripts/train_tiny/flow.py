@@ -24,7 +24,7 @@ from .captions import caption, rich
 from .layout import STRESS, Teller, around, layout
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import reporter
-from .scenes import random_scene
+from .scenes import Scene, random_scene
 from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
@@ -44,9 +44,19 @@ TOLD = 0.5
 """What its answers count beside the velocity. A hidden state that must name what lies where makes a small network learn
 its things sooner, as aligning with another network's features does (arXiv:2410.06940); here the drawing itself knows."""
 
-SHARE = 0.375
-"""Of a picture's tokens, how many are computed where only things are looked at: in ``things`` always, in ``flow`` in every
-other batch."""
+
+@dataclass(frozen=True)
+class Look:
+    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others; ``signs``: only of
+    pictures that have a sign."""
+
+    share: float = 1.0
+    signs: bool = False
+
+
+WHOLE, THINGS, SIGNS = Look(), Look(0.375), Look(0.125, signs=True)
+"""A letter is drawn on two of a picture's 256 tokens, and three pictures in four have none: looked at alone, there are ten
+times as many in the same time."""
 
 MAX_GUIDANCE = 10.0
 
@@ -85,24 +95,27 @@ class Batch:
         found: what lies on their tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
         prompts: what they show, in words.
         size: height and width in tokens.
-        kept: the share of their tokens that is to be computed.
+        share: of their tokens, those that are to be computed.
     """
 
     latents: Tensor
     found: tuple[Tensor, ...]
     prompts: list[str]
     size: tuple[int, int]
-    kept: float
+    share: float
 
 
 class Samples(IterableDataset[Batch]):
-    """Endless batches. ``shares`` says how often each size comes up, ``kept`` which parts of their tokens are computed, in turn
-    by chance."""
+    """Endless batches. ``shares`` says how often each size comes up, ``looks`` what is computed, in turn by chance."""
 
-    def __init__(self, run: Run, shares: dict[tuple[int, int], float], kept: tuple[float, ...] = (1.0,)) -> None:
-        self.shares, self.kept = shares, kept
+    def __init__(self, run: Run, shares: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
+        self.shares, self.looks = shares, looks
         self.tokens = TOKENS_PER_BATCH[run.device]
         self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
+        self.signed = {
+            b: [i for i in range(len(rows)) if scene_of(b, i).sign] if SIGNS in looks else []
+            for b, rows in self.rows.items()
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         rng = random.Random()
@@ -111,12 +124,17 @@ class Samples(IterableDataset[Batch]):
 
     def draw(self, rng: random.Random) -> Batch:
         size = rng.choices(list(self.shares), list(self.shares.values()))[0]
-        rows, (_, seed0), kept = self.rows[size], latents.BUCKETS[size], rng.choice(self.kept)
-        count = self.tokens // (round(kept * rows.shape[1]) + TEXT_TOKENS)
-        chosen = sorted(rng.sample(range(len(rows)), count))
-        scenes = [random_scene(random.Random(seed0 + i)) for i in chosen]
+        rows, look = self.rows[size], rng.choice(self.looks)
+        count = self.tokens // (round(look.share * rows.shape[1]) + TEXT_TOKENS)
+        chosen = sorted(rng.sample(self.signed[size] if look.signs else range(len(rows)), count))
+        scenes = [scene_of(size, i) for i in chosen]
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, kept)
+        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, look.share)
+
+
+def scene_of(size: tuple[int, int], row: int) -> Scene:
+    """What the latents of this size and row show."""
+    return random_scene(random.Random(latents.BUCKETS[size][1] + row))
 
 
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
@@ -151,7 +169,7 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
         text = reader(said(batch.prompts, empty=0.1))
         x, sigma, target = noised(batch.latents.to(run.device).float())
         found = [t.to(run.device) for t in batch.found]
-        kept = around(found[0], batch.kept)
+        kept = around(found[0], batch.share)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
         rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
         yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
@@ -184,15 +202,15 @@ def train_small(run: Run) -> None:
 
 def train_things(run: Run) -> None:
     """Go on where things and signs are: three times as many pictures in the same time."""
-    train_on(run, shares(run), (SHARE,))
+    train_on(run, shares(run), (THINGS, SIGNS))
 
 
 def train_flow(run: Run) -> None:
-    """Whole pictures, and in every other batch around things alone."""
-    train_on(run, shares(run), (SHARE, 1.0))
+    """Whole pictures, around things alone and signs alone in turn."""
+    train_on(run, shares(run), (WHOLE, THINGS, SIGNS))
 
 
-def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: tuple[float, ...] = (1.0,)) -> None:
+def train_on(run: Run, sizes: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
     torch._dynamo.config.recompile_limit = 64
     model = build()
     model.teller = Teller()
@@ -200,7 +218,7 @@ def train_on(run: Run, sizes: dict[tuple[int, int], float], kept: tuple[float, .
     trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.998)
     reader = Reader(run)
     report = reporter(run, "flow", trainer, reader, None, grid=next(iter(sizes)))
-    trainer.fit(flow_batches(run, reader, Samples(run, sizes, kept)), lambda *b: flow_loss(model, *b), report)
+    trainer.fit(flow_batches(run, reader, Samples(run, sizes, looks)), lambda *b: flow_loss(model, *b), report)
 
 
 @torch.no_grad()
