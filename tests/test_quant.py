@@ -23,6 +23,7 @@ from flux2_local import (
     store,
     weights,
 )
+from flux2_local.bench.counts import count
 from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
@@ -325,6 +326,17 @@ def test_a_lora_is_merged_before_quantizing(tmp_path, dev_folder):
     assert len(files()) == 2  # and the kept file is this adapter's: another strength makes another
     Flux2.load(dev_folder, dtype="float32", quantize="builtin-int8", lora=(path, 0.2))
     assert len(files()) == 3
+
+
+def test_a_step_with_a_lora_is_the_step_without(tmp_path, dev_folder):
+    """Counted: what is merged before quantizing costs nothing afterwards."""
+    path = tmp_path / "lora.safetensors"
+    state, facts = as_diffusers()
+    save_file({k: v.contiguous() for k, v in state.items()}, path, facts)
+    plain, adapted = (Flux2.load(dev_folder, quantize="builtin-int8", lora=one) for one in (None, path))
+    assert (pixels(plain) != pixels(adapted)).any()  # each has made a picture; what the first one brings is not counted
+    one, other = (count(lambda flux=flux: pixels(flux)) for flux in (plain, adapted))
+    assert one == other and one.operations > 1000
 
 
 def test_adapters_reach_layers_that_are_kept():
