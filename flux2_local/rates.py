@@ -13,8 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ FAR = 10
 """A rate this many times above or below the public figure says more about the moment than about the device."""
 
 PATIENCE = 30.0
-"""Seconds after which a process that measures is taken for dead."""
+"""Seconds that a process waits for another one that measures."""
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +206,10 @@ def once(hardware: Hardware) -> Hardware:
         return known
     path = place(hardware)
     try:
-        with alone(path):
+        from huggingface_hub.utils import WeakFileLock
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_suffix(".lock"), timeout=PATIENCE):
             if not settled(path):
                 log.info("measuring the rates of %s, once", hardware.name)
                 write(path, json.dumps(believed(hardware, measure(hardware.device, hardware.flops))).encode())
@@ -248,30 +250,3 @@ def give_back(hardware: Hardware) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Be the only process that measures for ``path``, after waiting for one that does.
-
-    Raises:
-        OSError: the folder cannot be written, or the wait was too long.
-    """
-    lock, end = path.with_suffix(".lock"), time.monotonic() + PATIENCE
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            with suppress(OSError):
-                if time.time() - lock.stat().st_mtime > PATIENCE:
-                    lock.unlink()
-                    continue
-        if time.monotonic() > end:
-            raise TimeoutError(f"another process has been measuring for {PATIENCE:.0f} s")
-        time.sleep(0.05)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)

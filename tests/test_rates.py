@@ -1,14 +1,14 @@
 """Rates: measured once or where asked for, kept for one device and one torch, and what plans go by from then on."""
 
 import json
-import os
-import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
 from flux2_kernels.rates import MULTIPLES
+from huggingface_hub.utils import WeakFileLock
 
 from flux2_local import Flux2, PlanError, rates
 from flux2_local.candidates import Need
@@ -197,7 +197,7 @@ def test_a_failure_is_no_error_and_is_tried_again(machine, monkeypatch):
 
     good = rates.measure
     monkeypatch.setattr(rates, "measure", fail)
-    assert said(load()).value == "public" and not list(rates.place(probe("cpu")).parent.iterdir())
+    assert said(load()).value == "public" and not list(rates.place(probe("cpu")).parent.glob("*.json"))
     monkeypatch.setattr(rates, "measure", good)
     assert said(load()).value == "measured"
 
@@ -205,24 +205,21 @@ def test_a_failure_is_no_error_and_is_tried_again(machine, monkeypatch):
 def test_processes_wait_for_the_one_that_measures(machine):
     hardware = probe("cpu")
     path, kept = rates.place(hardware), {"copy": 1e10} | dict.fromkeys(hardware.flops, 1e11)
-    rates.write(path.with_suffix(".lock"), b"")
-
-    def finish():
-        time.sleep(0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = WeakFileLock(path.with_suffix(".lock"))
+    with ThreadPoolExecutor() as pool, lock:
+        waits = pool.submit(rates.once, hardware)
+        assert not wait([waits], timeout=0.3).done
         rates.write(path, json.dumps(kept).encode())
-        path.with_suffix(".lock").unlink()
-
-    other = threading.Thread(target=finish)
-    other.start()
-    assert rates.once(hardware).memory_rate == 1e10 and not machine
-    other.join()
+    assert waits.result().memory_rate == 1e10 and not machine
 
 
-def test_a_process_that_died_is_not_waited_for(machine):
-    lock = rates.place(probe("cpu")).with_suffix(".lock")
-    rates.write(lock, b"")
-    os.utime(lock, (1, 1))
-    assert rates.once(probe("cpu")).measured and machine == ["cpu"] and not lock.exists()
+def test_none_waits_for_ever(machine, monkeypatch):
+    monkeypatch.setattr(rates, "PATIENCE", 0.2)
+    path = rates.place(probe("cpu"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(path.with_suffix(".lock")), ThreadPoolExecutor() as pool:
+        assert not pool.submit(rates.once, probe("cpu")).result().measured and not machine
 
 
 def test_a_moment_of_noise_moves_no_rate():
