@@ -20,11 +20,13 @@ class _Card:
     Attributes:
         working: ceilings of the pipelines that are at work on it.
         fraction, taken: torch's limit and the bytes that tensors took when the first of them began.
+        failed: where the last use ended with an error, whose it was and the bytes that tensors took when it began.
     """
 
     working: list[Ceiling]
     fraction: float = 1.0
     taken: int = 0
+    failed: tuple[Ceiling, int] | None = None
 
 
 _CARDS: dict[str, _Card] = {}
@@ -58,16 +60,23 @@ class Ceiling:
             card = _CARDS.setdefault(self.device, _Card([]))
             before = torch.cuda.memory_allocated(self.device)
             if not card.working:
+                if card.failed is not None:  # not sooner: the error's traceback held what it was working on
+                    one, began = card.failed
+                    one.own += before - began
+                    card.failed = None
                 card.fraction, card.taken = torch.cuda.get_per_process_memory_fraction(self.device), before
             card.working.append(self)
             limit(card, self.device)
+        failed = True
         try:
             yield
-            with _TURN:
-                if card.working == [self]:
-                    self.own += torch.cuda.memory_allocated(self.device) - before
+            failed = False
         finally:
             with _TURN:
+                if card.working == [self] and failed:
+                    card.failed = self, before
+                elif card.working == [self]:
+                    self.own += torch.cuda.memory_allocated(self.device) - before
                 card.working.remove(self)
                 limit(card, self.device)
 

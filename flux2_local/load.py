@@ -6,11 +6,11 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -181,6 +181,20 @@ def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
         "sources": [disk.fingerprint(path) for path in source.files],
     }
     return json.dumps(known, sort_keys=True)
+
+
+def emptied(components: Components) -> Components:
+    """What is left of ``components`` without their networks, which go when nobody else has them: enough to plan requests with."""
+    nothing: Any = nn.Module()
+    return replace(
+        components,
+        transformer=nothing,
+        text_encoder=nothing,
+        vae=nothing,
+        hold_transformer=nullcontext,
+        hold_text_encoder=nullcontext,
+        hold_vae=nullcontext,
+    )
 
 
 def settle(components: Components, plan: Plan) -> None:

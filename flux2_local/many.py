@@ -103,7 +103,7 @@ def results(flux: Flux2, groups: Iterable[list[Run | Flux2Error]]) -> Iterator[R
     """
     from .text.memory import Memory, forgetting
 
-    remembers = isinstance(flux._components.text_encoder, Memory)
+    remembers = flux.settings.keep_prompts or isinstance(flux._components.text_encoder, Memory)
     try:
         with ThreadPoolExecutor(1) as thread:
             for group, following in with_following(groups, ahead(flux)):

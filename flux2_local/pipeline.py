@@ -49,6 +49,7 @@ class Flux2:
         self._ceiling = Ceiling(hardware, budget)
         with self._ceiling():
             self._components = self._build(plan)
+        self._built: tuple[Any, ...] | None = built(plan)
         self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
@@ -271,14 +272,16 @@ class Flux2:
 
     def _adopt(self, plan: Plan) -> list[str]:
         """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
-        if built(plan) == built(self.plan):
+        if built(plan) == self._built:
             load.settle(self._components, plan)
             return []
-        before, self.plan = self.plan, plan
-        del self._components  # the old weights leave before the new ones come
+        self._built = None  # until others are there: this may fail
+        self._components = load.emptied(self._components)  # the old weights leave before the new ones come
         self._components = self._build(plan)
+        before, self.plan, self._built = self.plan, plan, built(plan)
         changed = ", ".join(f"{a} instead of {b}" for a, b in zip(forms(plan), forms(before), strict=True) if a != b)
-        return [f"The weights were loaded again for this request: {changed}.", *self._components.notes]
+        why = changed or "loading them in another form had failed"
+        return [f"The weights were loaded again for this request: {why}.", *self._components.notes]
 
     def _need(self, request: Request, acceleration: Acceleration) -> Need:
         width, height = request.size

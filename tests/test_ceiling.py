@@ -73,6 +73,23 @@ def test_other_pipelines_tensors_are_not_counted(card):
     assert card.set == [13, 24, 10, 24]
 
 
+def test_what_a_failed_use_leaves_on_the_card_counts(card):
+    """Not what its traceback still holds, which is gone when the next one begins."""
+    first, second = of(12), of(8)
+    with first():
+        card.taken += 4 * 2**30
+    with suppress(KeyError), first():
+        card.taken += (5 + 2) * 2**30  # other weights, and what it was working on
+        raise KeyError
+    card.taken -= 2 * 2**30
+    card.set.clear()
+    with second():
+        card.taken += 2**30
+    with first():
+        pass
+    assert (first.own, second.own) == (9 * 2**30, 2**30) and card.set == [17, 24, 13, 24]
+
+
 def test_pipelines_at_work_at_once_have_their_rooms_together(card):
     with of(8)():
         with of(6)():

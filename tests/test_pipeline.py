@@ -1,8 +1,10 @@
 """Flux2.generate: stages, progress, cancelling, repeating, and what happens when something goes wrong."""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -307,6 +309,29 @@ def test_another_tier_loads_again_only_where_the_weights_must_change(dev_folder)
     assert flux._components is not held and flux.plan.acceleration == "none"
     assert any("convolutions as stored instead of channels-last" in note for note in none.notes)
     assert np.array_equal(pixels(none), pixels(flux.generate("a boat", acceleration="none", seed=none.seed, **FAST)))
+
+
+def test_a_reload_that_fails_leaves_a_pipeline_that_loads_again(dev_folder, monkeypatch):
+    flux, build = Flux2.load(dev_folder, dtype="float32"), Flux2._build
+    expected, before, alive = flux.generate("a boat", seed=1, **FAST), flux.plan, []
+    network = weakref.ref(flux._components.transformer)
+
+    def failing(self, plan):
+        gc.collect()
+        alive.append(network())
+        raise RuntimeError("unreadable")
+
+    monkeypatch.setattr(Flux2, "_build", failing)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="unreadable"):
+            flux.generate("a boat", acceleration="none", **FAST)
+    assert flux.plan is before and alive == [None, None], "the old weights had left"
+    with pytest.raises(RuntimeError, match="unreadable"):
+        next(flux.generate_many([{"prompt": "a boat", "enable_prompt_expansion": True, **FAST}]))
+    monkeypatch.setattr(Flux2, "_build", build)
+    again = flux.generate("a boat", seed=1, **FAST)
+    assert np.array_equal(pixels(expected), pixels(again)) and any("had failed" in note for note in again.notes)
+    assert flux.generate("a boat", acceleration="none", **FAST).images and flux.plan.acceleration == "none"
 
 
 def test_generating_asks_no_network_and_writes_no_file(flux, tmp_path, monkeypatch):
