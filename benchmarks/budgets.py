@@ -121,7 +121,7 @@ def from_files(case: Case, folder: Path) -> dict[str, Any]:
         random_model.write_networks(name, folder, seed=0, published=False)
     with mock.patch.object(pipeline, "hardware_to_use", lambda *_: poor(probe(case.device))):
         flux = Flux2.load(folder, device=case.device, vram=case.budget or None, quantize="none")
-    return pictures(case, flux) | {"model": name, "mapped": flux.plan.transformer.mapped}
+    return pictures(case, flux) | {"model": name}
 
 
 def that_fits(name: str, folder: Path) -> str:
@@ -158,7 +158,8 @@ def pictures(case: Case, flux: Flux2) -> dict[str, Any]:
             enable_safety_checker=False,
             progress=watch,
         )
-    plan, timings = flux.plan, result.timings.to_dict()
+    plan, timings = result.plan, result.timings.to_dict()
+    assert plan is not None, "this process made the pictures"
     predicted = {"step": plan.step_seconds, "encode": plan.encode_seconds, "decode": plan.decode_seconds}
     return {
         "seconds": {
@@ -169,6 +170,7 @@ def pictures(case: Case, flux: Flux2) -> dict[str, Any]:
         "predicted_seconds": predicted,
         "predicted_peak": plan.peak_bytes,
         "plan": {choice.what: choice.value for choice in plan.choices},
+        "mapped": list(plan.transformer.mapped),
         "notes": list(result.notes),
     }
 

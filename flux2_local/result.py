@@ -13,6 +13,8 @@ from . import files, images
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .plan import Plan
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -116,6 +118,7 @@ class Result:
         has_nsfw_concepts: per picture, whether the safety check flagged it (it is black then).
         prompt: what was drawn: the request's prompt, or its expansion.
         notes: what the user should know, a line each.
+        plan: by which the pictures were made, with what was predicted for this request; None where another process made them.
     """
 
     images: tuple[ImageFile, ...]
@@ -124,6 +127,7 @@ class Result:
     has_nsfw_concepts: tuple[bool, ...]
     prompt: str
     notes: tuple[str, ...] = ()
+    plan: Plan | None = field(default=None, repr=False)
 
     def kept(self, folder: Path) -> Result:
         """This result with every picture written into ``folder``."""

@@ -68,7 +68,7 @@ class Run:
         finished = self.finish(checked, self.prompt)
         flagged = tuple(bad for _, bad in checked)
         notes = (*self.flux.notes, *self.notes)
-        return Result(finished, Timings(**self.seconds), self.seed, flagged, self.prompt, notes)
+        return Result(finished, Timings(**self.seconds), self.seed, flagged, self.prompt, notes, self.plan)
 
     @contextmanager
     def stage(self, name: Any, together: Sequence[Run] = ()) -> Iterator[None]:

@@ -116,6 +116,19 @@ def test_a_case_finds_seconds_and_a_peak(contender):
     assert "EXCEEDED" in budgets.line({"contender": contender, "budget": 1} | row)
 
 
+def test_predictions_are_of_the_picture_that_is_drawn(tmp_path):
+    """Not of the one that loading plans for."""
+    folder = synthetic.folder("tiny", tmp_path / "tiny")
+    flux = Flux2.load(folder, device="cpu")
+    need = Need("tiny", "standard", presets.tiers()["regular"], load.architecture(flux.checkpoint), Work(512, 512, 4))
+    plan = make_plan(need, flux.hardware, flux.settings)
+    assert plan.step_seconds < flux.plan.step_seconds and plan.peak_bytes != flux.plan.peak_bytes
+    row = budgets.ours(CASE, folder)
+    assert row["predicted_seconds"]["step"] == pytest.approx(plan.step_seconds)
+    assert row["predicted_peak"] == plan.peak_bytes
+    assert row["plan"] == {choice.what: choice.value for choice in plan.choices}
+
+
 def test_a_host_without_memory_has_blocks_come_from_their_files(tmp_path):
     """What the case of that name rests on, for a card that is not at hand."""
     folder = synthetic.folder(budgets.OTHERWISE, tmp_path / "klein-4b")

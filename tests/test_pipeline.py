@@ -286,6 +286,7 @@ def test_running_out_of_memory_is_tried_again_with_less(dev_folder, monkeypatch)
     first = flux.generate("a boat", **fields)
     assert begun == [0, 0] and peaks[1] <= 0.8 * peaks[0] and len(first.images) == 1
     assert any("ran out" in note and "something else uses it" in note for note in first.notes)
+    assert first.plan.peak_bytes == peaks[1] and (first.plan.work.width, first.plan.work.height) == (1024, 1024)
     again = flux.generate("a boat", **fields)
     assert peaks[2] == peaks[1] and not any("ran out" in note for note in again.notes)
     assert np.array_equal(pixels(first), pixels(again))
