@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -101,12 +101,18 @@ def stored(checkpoint: Checkpoint) -> str:
     return types.pop() if len(types) == 1 else ""
 
 
+PARTS = "transformer", "text_encoder", "vae", "operations"
+"""What is made of a plan by itself: three networks, and what runs between the transformer's matmuls."""
+
+
 def build(
     plan: Plan,
     checkpoint: Checkpoint,
     hardware: Hardware,
     adapters: tuple[Lora, ...] = (),
     keep_prompts: bool = False,
+    before: Components | None = None,
+    parts: Collection[str] = PARTS,
 ) -> Components:
     """Read the weights and place them as the plan says.
 
@@ -116,57 +122,69 @@ def build(
         hardware: the device to place them on.
         adapters: LoRAs merged into the transformer, in order.
         keep_prompts: keep prompts' embeddings on disk, and read the text encoder when a prompt is not among them.
+        before: what has all other parts, which stay as they are.
+        parts: those of :data:`PARTS` to make; all of them where nothing was there before.
 
     Raises:
         BackendUnavailableError: the plan's attention backend does not import.
         WeightsDamagedError: a file is unreadable or does not fit.
     """
     arch, device = architecture(checkpoint), torch_device(hardware)
-    with meta():
-        transformer = Flux2Transformer(arch.transformer, operations(plan, arch.transformer, device))
-        text_encoder = LanguageModel(arch.language, arch.text_layers)
-    note = fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
-    for name in SCHEDULE:
-        getattr(transformer, name).to("cpu", DTYPES[plan.schedule])  # they are on the device for a table only
-    text_source = Source(checkpoint, "text_encoder")
-    told: list[str] = []
+    new: dict[str, Any] = {}
+    notes: list[str] = []
+    told: list[str] = [] if before is None else before.told
+    if "transformer" in parts:
+        with meta():
+            transformer = Flux2Transformer(arch.transformer)
+        notes.append(
+            fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
+        )
+        for name in SCHEDULE:
+            getattr(transformer, name).to("cpu", DTYPES[plan.schedule])  # they are on the device for a table only
+        if plan.compile == "blocks":
+            compile_blocks(transformer, cache_folder("compiled"))
+            with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
+                write(
+                    mark(arch.transformer, hardware, plan.dtype, plan.transformer.format, plan.ops, plan.attention), b""
+                )
+        new |= {"transformer": transformer, "hold_transformer": place(transformer.eval(), device, plan.transformer)}
+    if "text_encoder" in parts:
+        source = Source(checkpoint, "text_encoder")
+        with meta():
+            text_encoder = LanguageModel(arch.language, arch.text_layers)
 
-    def read_text_encoder() -> Hold:
-        with torch.inference_mode(
-            False
-        ):  # the first use may be inside it, and weights made there could not be changed later
-            told.append(fill(text_encoder, plan.text_encoder, plan.dtype, text_source, device))
-            return place(text_encoder.eval(), device, plan.text_encoder)
+        def read_text_encoder() -> Hold:
+            with torch.inference_mode(
+                False
+            ):  # the first use may be inside it, and weights made there could not be changed later
+                (told if keep_prompts else notes).append(
+                    fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
+                )
+                return place(text_encoder.eval(), device, plan.text_encoder)
 
-    hold_text_encoder: Hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
-    if plan.compile == "blocks":
-        compile_blocks(transformer, cache_folder("compiled"))
-        with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
-            write(mark(arch.transformer, hardware, plan.dtype, plan.transformer.format, plan.ops, plan.attention), b"")
-    vae = build_vae(checkpoint, DTYPES[plan.vae.format])
-    if plan.fold_upsampling:
-        vae.fold_upsampling()
-    if plan.channels_last:
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
+        new |= {"text_encoder": text_encoder, "hold_text_encoder": hold}
+    if "vae" in parts:
+        vae = build_vae(checkpoint, DTYPES[plan.vae.format])
+        if plan.fold_upsampling:
+            vae.fold_upsampling()
+        if plan.channels_last:
+            vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        new |= {"vae": vae, "hold_vae": place(vae.eval(), device, plan.vae)}
     if plan.keep_freed:  # not before: what reading the weights frees goes back to the system
         heap.keep()
-    components = Components(
-        transformer=transformer,
-        text_encoder=text_encoder,
-        vae=vae,
-        tokenizer=ChatTokenizer(checkpoint.folder / "tokenizer"),
-        style=prompt_style(checkpoint),
-        device=device,
-        hold_transformer=place(transformer.eval(), device, plan.transformer),
-        hold_text_encoder=hold_text_encoder,
-        hold_vae=place(vae.eval(), device, plan.vae),
-        notes=tuple(n for n in (note, *told) if n),
-    )
-    if not keep_prompts:
-        return components
-    components = replace(components, told=told)
-    kept = KeptPrompts(text_facts(plan, text_source, arch), DTYPES[plan.dtype], told=told)
-    return remembering(components, kept)
+    new["notes"] = tuple(note for note in notes if note)
+    if before is None:
+        tokenizer = ChatTokenizer(checkpoint.folder / "tokenizer")
+        components = Components(tokenizer=tokenizer, style=prompt_style(checkpoint), device=device, told=told, **new)
+    else:
+        components = replace(before, **new)
+    if {"transformer", "operations"} & set(parts):
+        components.transformer.ops = operations(plan, arch.transformer, device)
+    if keep_prompts and "text_encoder" in parts:
+        kept = KeptPrompts(text_facts(plan, source, arch), DTYPES[plan.dtype], told=told)
+        return remembering(components, kept)
+    return components
 
 
 def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
@@ -183,18 +201,13 @@ def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
     return json.dumps(known, sort_keys=True)
 
 
-def emptied(components: Components) -> Components:
-    """What is left of ``components`` without their networks, which go when nobody else has them: enough to plan requests with."""
-    nothing: Any = nn.Module()
-    return replace(
-        components,
-        transformer=nothing,
-        text_encoder=nothing,
-        vae=nothing,
-        hold_transformer=nullcontext,
-        hold_text_encoder=nullcontext,
-        hold_vae=nullcontext,
-    )
+def emptied(components: Components, parts: Iterable[str]) -> Components:
+    """What is left of ``components`` without some of their networks, which go when nobody else has them: enough to plan with."""
+    gone: dict[str, Any] = {}
+    for name in parts:
+        if name != "operations":
+            gone |= {name: nn.Module(), f"hold_{name}": nullcontext}
+    return replace(components, **gone)
 
 
 def settle(components: Components, plan: Plan) -> None:

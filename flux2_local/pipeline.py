@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -49,16 +49,18 @@ class Flux2:
         self._ceiling = Ceiling(hardware, budget)
         with self._ceiling():
             self._components = self._build(plan)
-        self._built: tuple[Any, ...] | None = built(plan)
+        self._built = built(plan)
         self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
 
-    def _build(self, plan: Plan) -> load.Components:
+    def _build(
+        self, plan: Plan, before: load.Components | None = None, parts: Collection[str] = load.PARTS
+    ) -> load.Components:
         path = store.require_lora(self.checkpoint, self.settings.variant)
         own = (lora.Lora(path),) if path is not None else ()
         adapters = (*own, *self.settings.adapters)
-        return load.build(plan, self.checkpoint, self.hardware, adapters, self.settings.keep_prompts)
+        return load.build(plan, self.checkpoint, self.hardware, adapters, self.settings.keep_prompts, before, parts)
 
     @classmethod
     def load(
@@ -271,17 +273,22 @@ class Flux2:
         return self.settings.plan(replace(need, work=replace(need.work, references=sizes)), self.hardware)
 
     def _adopt(self, plan: Plan) -> list[str]:
-        """Load the weights again where ``plan`` holds them in another form; what to tell the user about it."""
-        if built(plan) == self._built:
+        """Load again what ``plan`` has in another form; what to tell the user about it."""
+        wanted, had = built(plan), self._built
+        parts = [name for name, form in wanted.items() if form != had.get(name)]
+        if not parts:
             load.settle(self._components, plan)
             return []
-        self._built = None  # until others are there: this may fail
-        self._components = load.emptied(self._components)  # the old weights leave before the new ones come
-        self._components = self._build(plan)
-        before, self.plan, self._built = self.plan, plan, built(plan)
-        changed = ", ".join(f"{a} instead of {b}" for a, b in zip(forms(plan), forms(before), strict=True) if a != b)
-        why = changed or "loading them in another form had failed"
-        return [f"The weights were loaded again for this request: {why}.", *self._components.notes]
+        # The old weights leave before the new ones come, which may fail.
+        self._built = {name: form for name, form in had.items() if name not in parts}
+        self._components = load.emptied(self._components, parts)
+        self._components = self._build(plan, self._components, parts)
+        load.settle(self._components, plan)
+        self.plan, self._built = plan, wanted
+        again = [f"{name}: {changes(had.get(name), wanted[name])}" for name in parts if name != "operations"]
+        if not again:
+            return []
+        return [f"Loaded again for this request: {'; '.join(again)}.", *self._components.notes]
 
     def _need(self, request: Request, acceleration: Acceleration) -> Need:
         width, height = request.size
@@ -323,11 +330,11 @@ def model_notes(checkpoint: Checkpoint, variant: Variant) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def forms(plan: Plan) -> tuple[str, ...]:
-    """What :func:`built` compares, in words that a user reads."""
-    layout = "channels-last convolutions" if plan.channels_last else "convolutions as stored"
-    held = plan.transformer.format, f"{plan.transformer.placement} weights", layout
-    return *held, f"{plan.attention} attention", f"{plan.ops} operations"
+def changes(before: tuple[str, ...] | None, after: tuple[str, ...]) -> str:
+    """What is different about a part of the model that has been loaded again, in words."""
+    if before is None:
+        return "loading it in another form had failed"
+    return ", ".join(f"{new} instead of {old}" for old, new in zip(before, after, strict=False) if new != old)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

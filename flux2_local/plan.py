@@ -6,7 +6,7 @@ A plan is a frozen value. Loading builds exactly what it says, and nothing outsi
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import quant
@@ -365,12 +365,24 @@ def does_not_fit(terms: Terms, smallest: Draft) -> BudgetError:
     )
 
 
-def built(plan: Plan) -> tuple[Any, ...]:
-    """The part of a plan that loading turns into weights and functions. Which blocks stay, and where the others wait, may change
-    between requests."""
-    networks = (replace(held, stay=(), mapped=()) for held in (plan.transformer, plan.text_encoder, plan.vae))
-    convolutions = plan.channels_last, plan.fold_upsampling
-    return plan.device, plan.dtype, plan.schedule, *networks, *convolutions, plan.attention, plan.ops, plan.compile
+def built(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """What loading makes of a plan, in words, by the part of the model (:data:`flux2_local.load.PARTS`): each is made again where it
+    differs. Which blocks stay, and where the others wait, may change between requests."""
+
+    def held(network: ComponentPlan) -> tuple[str, ...]:
+        apart = f", {', '.join(network.keep)} in {plan.dtype}" if network.keep else ""
+        return f"{network.format}{apart}", network.placement
+
+    operations = f"{plan.ops} operations", f"{plan.attention} attention"
+    compiled = ("compiled blocks", *operations) if plan.compile == "blocks" else ("blocks as they are",)
+    layout = "channels-last convolutions" if plan.channels_last else "convolutions as stored"
+    folded = "folded upsampling" if plan.fold_upsampling else "upsampling as stored"
+    return {
+        "transformer": (*held(plan.transformer), f"{plan.dtype} arithmetic", f"{plan.schedule} schedule", *compiled),
+        "text_encoder": (*held(plan.text_encoder), f"{plan.dtype} arithmetic"),
+        "vae": (*held(plan.vae), layout, folded),
+        "operations": operations,
+    }
 
 
 def component_plan(winner: Candidate, model: str, dtype: str, component: str) -> ComponentPlan:

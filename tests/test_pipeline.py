@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from flux2_local import (
     load,
     pipeline,
 )
+from flux2_local.model.ops import REFERENCE
 from flux2_local.progress import Reporter
 from flux2_local.quant import disk
 from flux2_local.stages import slug
@@ -307,17 +309,29 @@ def test_another_tier_loads_again_only_where_the_weights_must_change(dev_folder)
     high = flux.generate("a boat", acceleration="high", **FAST)
     assert high.images[0].settings["acceleration"] == "high" and flux._components is held
     none = flux.generate("a boat", acceleration="none", **FAST)
-    assert flux._components is not held and flux.plan.acceleration == "none"
-    assert any("convolutions as stored instead of channels-last" in note for note in none.notes)
+    assert flux.plan.acceleration == "none" and flux._components.vae is not held.vae
+    assert flux._components.transformer is held.transformer and flux._components.text_encoder is held.text_encoder
+    again = next(note for note in none.notes if note.startswith("Loaded again for this request: vae: "))
+    assert "convolutions as stored instead of channels-last" in again and "transformer" not in again
     assert np.array_equal(pixels(none), pixels(flux.generate("a boat", acceleration="none", seed=none.seed, **FAST)))
+
+
+def test_other_operations_take_the_same_weights(dev_folder):
+    flux = Flux2.load(dev_folder, dtype="float32")
+    held = flux._components
+    assert flux.plan.ops != "reference" and held.transformer.ops.residual_norm is not REFERENCE.residual_norm
+    assert flux._adopt(replace(flux.plan, ops="reference")) == [], "nothing was read"
+    assert flux._components.transformer is held.transformer and flux.plan.ops == "reference"
+    assert held.transformer.ops.residual_norm is REFERENCE.residual_norm
+    assert flux._adopt(replace(flux.plan, ops="native")) == [] and flux.plan.ops == "native"
 
 
 def test_a_reload_that_fails_leaves_a_pipeline_that_loads_again(dev_folder, monkeypatch):
     flux, build = Flux2.load(dev_folder, dtype="float32"), Flux2._build
     expected, before, alive = flux.generate("a boat", seed=1, **FAST), flux.plan, []
-    network = weakref.ref(flux._components.transformer)
+    network = weakref.ref(flux._components.vae)
 
-    def failing(self, plan):
+    def failing(self, plan, before, parts):
         gc.collect()
         alive.append(network())
         raise RuntimeError("unreadable")

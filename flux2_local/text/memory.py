@@ -26,12 +26,14 @@ class Memory:
     The embeddings are kept on the host, so that they take nothing from the device, and come back bit for bit.
 
     Attributes:
-        encoded: how often the model itself had to work.
+        encoder, hold: the model, and how to have it at hand.
+        encoded: how often it had to work.
         kept: where embeddings are kept beyond the process, or None.
     """
 
     def __init__(self, components: Components, room: int = ROOM, kept: KeptPrompts | None = None) -> None:
-        self.plain, self.room, self.held, self.encoded, self.kept = components, room, 0, 0, kept
+        self.encoder, self.hold, self.device = components.text_encoder, components.hold_text_encoder, components.device
+        self.room, self.held, self.encoded, self.kept = room, 0, 0, kept
         self.known: OrderedDict[tuple[bytes, bytes], Tensor] = OrderedDict()
         self.turn = threading.Lock()
 
@@ -39,7 +41,7 @@ class Memory:
         key = key_of(ids, mask)
         with self.turn:
             if key not in self.known and not self._recall(ids, mask):
-                with self.plain.hold_text_encoder():
+                with self.hold():
                     self._learn(ids, mask)
             self.known.move_to_end(key)
             return self.known[key].to(ids.device)
@@ -51,9 +53,9 @@ class Memory:
             new = {key_of(t.ids, t.mask): t for t in prompts if not self.knows([t]) and not self._recall(t.ids, t.mask)}
             if not new:
                 return
-            with self.plain.hold_text_encoder():
+            with self.hold():
                 for tokens in new.values():
-                    self._learn(tokens.ids.to(self.plain.device), tokens.mask.to(self.plain.device))
+                    self._learn(tokens.ids.to(self.device), tokens.mask.to(self.device))
 
     def knows(self, prompts: Iterable[Tokens]) -> bool:
         """Whether none of them would have to be encoded."""
@@ -61,7 +63,7 @@ class Memory:
 
     def _learn(self, ids: Tensor, mask: Tensor) -> None:
         """Encode a prompt."""
-        embedded = self.plain.text_encoder(ids, mask).cpu()
+        embedded = self.encoder(ids, mask).cpu()
         self.encoded += 1
         self._hold(ids, mask, embedded)
         if self.kept is not None:
@@ -102,6 +104,8 @@ def remembering(components: Components, kept: KeptPrompts | None = None) -> Comp
 
 
 def forgetting(components: Components) -> Components:
-    """The components that :func:`remembering` was given."""
-    encoder: Any = components.text_encoder
-    return encoder.plain if isinstance(encoder, Memory) else components
+    """``components`` with the text encoder that :func:`remembering` was given."""
+    memory: Any = components.text_encoder
+    if not isinstance(memory, Memory):
+        return components
+    return replace(components, text_encoder=memory.encoder, hold_text_encoder=memory.hold)
