@@ -167,7 +167,8 @@ def reading(flux: Flux2, runs: list[Run], later: list[Run], thread: ThreadPoolEx
     from .plan import built
 
     memory = remember(flux)
-    same = [run for run in later if built(run.plan) == built(flux.plan) and not run.request.enable_prompt_expansion]
+    form = built(flux.plan)["text_encoder"]
+    same = [run for run in later if built(run.plan)["text_encoder"] == form and not run.request.enable_prompt_expansion]
     if flux.plan.text_encoder.placement == "resident":
         beside = thread.submit(lambda: memory.read(tokens_of(same)))
         yield

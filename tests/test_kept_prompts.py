@@ -30,7 +30,7 @@ def draw(flux, prompt="a red boat"):
 
 def read(flux):
     """Whether the text encoder's weights were asked for."""
-    return not next(flux._components.text_encoder.plain.text_encoder.parameters()).is_meta
+    return not next(flux._components.text_encoder.encoder.parameters()).is_meta
 
 
 def test_a_known_prompt_needs_no_text_encoder(klein_base_folder, cache):

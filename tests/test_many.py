@@ -11,7 +11,7 @@ from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
 from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.streamed import Streamed
-from flux2_local.plan import Wishes, make_plan
+from flux2_local.plan import Wishes, built, make_plan
 from flux2_local.presets import CachePolicy, devices, models, tiers
 from flux2_local.request import make_request
 
@@ -186,6 +186,7 @@ def test_weights_that_visit_the_device_come_once_for_several_prompts(flash, monk
 
     monkeypatch.setattr(many, "AHEAD_STAGED", 2)
     monkeypatch.setattr(flash, "plan", staged(flash.plan))
+    monkeypatch.setattr(flash, "_built", built(flash.plan))
     monkeypatch.setattr(flash, "_plan_for", lambda *asked: replace(staged(plan(*asked)), batch=1))
     monkeypatch.setattr(flash, "_components", replace(flash._components, hold_text_encoder=hold))
     asked = [{"prompt": scene, "seed": n, "image_size": "square"} for n, scene in enumerate(SCENES)]
@@ -206,6 +207,7 @@ def test_the_transformer_comes_once_for_several_requests(klein_base_folder, monk
         return replace(one, batch=1, transformer=replace(one.transformer, placement="streamed", stay=tuple(range(5))))
 
     monkeypatch.setattr(flux, "plan", streamed(flux.plan))
+    monkeypatch.setattr(flux, "_built", built(flux.plan))
     monkeypatch.setattr(flux, "_plan_for", lambda *asked: streamed(plan(*asked)))
     monkeypatch.setattr(flux, "_components", replace(flux._components, hold_transformer=hold))
     assert [result.images[0].data for result in flux.generate_many(asked)] == alone
