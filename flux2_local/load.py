@@ -19,7 +19,7 @@ from . import attention, heap, weights
 from . import lora as loras
 from .costs import Architecture
 from .errors import OutputError
-from .files import cache_folder, write
+from .files import write
 from .hardware import Hardware, torch_device
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
@@ -142,11 +142,8 @@ def build(
         for name in SCHEDULE:
             getattr(transformer, name).to("cpu", DTYPES[plan.schedule])  # they are on the device for a table only
         if plan.compile == "blocks":
-            compile_blocks(transformer, cache_folder("compiled"))
-            with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
-                write(
-                    mark(arch.transformer, hardware, plan.dtype, plan.transformer.format, plan.ops, plan.attention), b""
-                )
+            how = plan.dtype, plan.transformer.format, plan.ops, plan.attention
+            compile_kept(transformer, mark(arch.transformer, hardware, *how))
         new |= {"transformer": transformer, "hold_transformer": place(transformer.eval(), device, plan.transformer)}
     if "text_encoder" in parts:
         source = Source(checkpoint, "text_encoder")
@@ -185,6 +182,18 @@ def build(
         kept = KeptPrompts(text_facts(plan, source, arch), DTYPES[plan.dtype], told=told)
         return remembering(components, kept)
     return components
+
+
+def compile_kept(transformer: Flux2Transformer, path: Path) -> None:
+    """Compile the blocks, keep their code beside ``path``, their mark, and leave that once they have run."""
+    compile_blocks(transformer, path.parent)
+
+    def leave(*_: object) -> None:
+        hook.remove()
+        with suppress(OutputError):  # a next plan would expect it to compile again, and that is all
+            write(path, b"")
+
+    hook = transformer.register_forward_hook(leave)
 
 
 def text_facts(plan: Plan, source: Source, arch: Architecture) -> str:
