@@ -1,6 +1,8 @@
-"""torch.compile for the repeated blocks: two small graphs, one per kind of block, for every size of picture.
+"""torch.compile for the repeated blocks: small graphs that every size of picture shares.
 
-What is compiled is kept on disk, so that the next process traces but does not compile again. A mark beside it says what it is.
+There is one for each kind of block; others where a block's weights or its next one's have another format, where more than one
+picture is denoised together, and where references are read once. What is compiled is kept on disk, so that the next process
+traces but does not compile again. A mark beside it says what it is.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
@@ -21,6 +25,12 @@ from .transformer import Flux2Transformer, TransformerConfig
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
+
+P, T = ParamSpec("P"), TypeVar("T")
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+GRAPHS = 64
+"""The most graphs of one kind of block, of all models in the process. torch's own limit of 8 is an error of the request that exceeds
+it, and two quantized models reach it."""
 
 
 def reason_against(hardware: Hardware) -> str | None:
@@ -49,17 +59,33 @@ def mark(config: TransformerConfig, hardware: Hardware, *how: str) -> Path:
 
 
 def compile_blocks(transformer: Flux2Transformer, folder: Path, backend: str = "inductor") -> None:
-    """Compile every block's forward, which happens when it first runs.
+    """Compile every block's forward, which happens when it first runs, in whatever thread that is.
 
     Args:
         transformer: changed in place. Its operations must be traceable: the reference's or Triton's.
         folder: where compiled code is kept, for the whole process; TORCHINDUCTOR_CACHE_DIR, where set, is used instead.
         backend: of torch.compile.
     """
-    import torch.fx.experimental._config as shapes
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    # Otherwise a number of tokens that equals another dimension once is taken to equal it always.
-    shapes.use_duck_shape = False
+    # Importing the compiler sets the variable to torch's default, which is nobody's wish.
+    if os.environ.get(FOLDER) in (None, default_cache_dir()):
+        os.environ[FOLDER] = str(folder)
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.forward = torch.compile(block.forward, backend=backend, dynamic=True, fullgraph=True)
+    for name in ("forward", "keys_and_values"):  # all that calls blocks
+        setattr(transformer, name, tracing(getattr(transformer, name)))
+
+
+def tracing(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` under the settings that blocks are traced with; set while it runs, since they hold for one thread."""
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as shapes
+
+    @wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+        # Otherwise a number of tokens that equals another dimension once is taken to equal it always.
+        with shapes.patch(use_duck_shape=False), dynamo.patch(recompile_limit=GRAPHS):
+            return function(*args, **kwargs)
+
+    return traced
