@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +110,10 @@ def test_models_that_take_many_graphs_run_side_by_side(fresh, tmp_path):
         for (net, want), run, tokens, batch in product(nets, (forward, with_references), SIZES[:2], (1, 2)):
             got = pool.submit(run, net, tokens, batch).result()
             torch.testing.assert_close(got, run(want, tokens, batch), rtol=1e-5, atol=1e-5)
-    kinds, ways = 3, 5  # the last block is followed by no quantizer; references are read, or they or none are there, for one or two
+    kinds, ways = (
+        3,
+        5,
+    )  # the last block is followed by no quantizer; references are read, or they or none are there, for one or two
     assert counters["stats"]["unique_graphs"] == len(nets) * kinds * ways and not counters["graph_break"]
 
 
@@ -120,7 +124,7 @@ def test_code_is_kept_in_the_folder_that_no_one_else_named(monkeypatch, tmp_path
     if was is not None:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", was)
     compile_blocks(network(), tmp_path, backend="eager")
-    assert cache_dir() == (os.path.abspath(was) if was == "elsewhere" else str(tmp_path))
+    assert cache_dir() == str(Path(was).absolute() if was == "elsewhere" else tmp_path)
 
 
 PROGRAM = """
