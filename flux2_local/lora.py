@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """What a file's updates are scaled by, as PEFT does it.
+
+    Attributes:
+        alpha: of every module, None where it is the module's rank.
+        patterns: what is matched by a module's name, or by its end after a dot, and alpha there; the first counts.
+        rooted: whether alpha is divided by the rank's square root (rank-stabilized LoRA) and not by the rank.
+    """
+
+    alpha: float | None
+    patterns: tuple[tuple[re.Pattern[str], float], ...]
+    rooted: bool
+
+    def of(self, name: str, rank: int) -> float:
+        alpha = next((alpha for pattern, alpha in self.patterns if pattern.fullmatch(name)), self.alpha)
+        return (rank if alpha is None else alpha) / (rank**0.5 if self.rooted else rank)
+
+
+@dataclass(frozen=True)
 class Lora:
     """A LoRA to apply: its file and the strength it is applied at."""
 
@@ -40,18 +60,17 @@ def read(path: Path) -> dict[str, Update]:
     """
     weights.refuse_pickle(path)
     state = dict(weights.read_files([path]))
-    alphas = _alphas(path)
+    scaling = _scaling(path)
     if not all(k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")) for k in state):
-        state, alphas = _convert(path), {}
+        state = _convert(path)
     updates = {}
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         stem = key.removesuffix(".lora_A.weight")
         up = state.get(f"{stem}.lora_B.weight")
         if up is None:
             raise WeightsDamagedError(f"{path}: {key} has no lora_B beside it. {weights.FETCH_AGAIN}")
-        rank = state[key].shape[0]
         name = stem.removeprefix(PREFIX)
-        updates[name] = Update(state[key], up, alphas.get(name, alphas.get("", rank)) / rank)
+        updates[name] = Update(state[key], up, scaling.of(name, rank=state[key].shape[0]))
     if not updates:
         raise WeightsDamagedError(
             f"{path.name} holds no LoRA for the FLUX.2 transformer that can be read. Give "
@@ -60,17 +79,24 @@ def read(path: Path) -> dict[str, Update]:
     return updates
 
 
-def _alphas(path: Path) -> dict[str, float]:
-    """lora_alpha from the file's adapter metadata: "" for all modules, else per module."""
+def _scaling(path: Path) -> Scaling:
+    """Of the file's adapter metadata, where it has any."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as f:
-        text = (f.metadata() or {}).get("lora_adapter_metadata")
-    facts = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()} if text else {}
-    alphas = {k: float(v) for k, v in (facts.get("alpha_pattern") or {}).items()}
-    if "lora_alpha" in facts:
-        alphas[""] = float(facts["lora_alpha"])
-    return alphas
+        text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        facts = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()}
+        patterns = facts.get("alpha_pattern") or {}
+        return Scaling(
+            alpha=float(facts["lora_alpha"]) if "lora_alpha" in facts else None,
+            patterns=tuple((re.compile(rf"(.*\.)?({key})"), float(alpha)) for key, alpha in patterns.items()),
+            rooted=bool(facts.get("use_rslora")),
+        )
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise WeightsDamagedError(
+            f"{path.name} does not say how strong it is: its lora_adapter_metadata cannot be read ({error}). {weights.FETCH_AGAIN}"
+        ) from error
 
 
 def _convert(path: Path) -> dict[str, Tensor]:

@@ -31,20 +31,24 @@ def low_rank():
     }
 
 
-def as_diffusers(alpha=None):
+def metadata(alpha, **more):
+    facts = {"r": RANK, "lora_alpha": alpha, "target_modules": sorted(TARGETS), **more}
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in facts.items()})}
+
+
+def as_diffusers(alpha=None, **more):
     state = {}
     for name, (down, up) in low_rank().items():
         state |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
-    facts = {"transformer.r": RANK, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(TARGETS)}
-    return state, {"lora_adapter_metadata": json.dumps(facts)} if alpha else {"format": "pt"}
+    return state, metadata(alpha, **more) if alpha else {"format": "pt"}
 
 
-def as_ai_toolkit():
+def as_ai_toolkit(alpha=None):
     state = {}
     for name, (down, up) in low_rank().items():
         other = TARGETS[name][2]
         state |= {f"diffusion_model.{other}.lora_A.weight": down, f"diffusion_model.{other}.lora_B.weight": up}
-    return state, {"format": "pt"}
+    return state, metadata(alpha) if alpha else {"format": "pt"}
 
 
 def as_kohya():
@@ -58,7 +62,12 @@ def as_kohya():
 LAYOUTS = {
     "diffusers": as_diffusers,
     "diffusers, alpha 8": lambda: as_diffusers(8),
+    "diffusers, alpha 8, rank-stabilized": lambda: as_diffusers(8, use_rslora=True),
+    "diffusers, alpha 8, patterns": lambda: as_diffusers(
+        8, alpha_pattern={"attn.to_(out|qkv.*)": 16, "f": 2, "ff.linear_in": 1}
+    ),
     "ai-toolkit": as_ai_toolkit,
+    "ai-toolkit, alpha 8": lambda: as_ai_toolkit(8),
     "kohya": as_kohya,
 }
 
@@ -115,6 +124,10 @@ def test_what_is_no_lora_is_refused(tmp_path, dev_folder):
     path = tmp_path / "lora.safetensors"
     save_file({"a.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(WeightsDamagedError):
+        Flux2.load(dev_folder, lora=path)
+    state, facts = as_diffusers(8, alpha_pattern={"(": 2})
+    save_file(state, path, facts)
+    with pytest.raises(WeightsDamagedError, match="how strong it is: .* cannot be read .missing"):
         Flux2.load(dev_folder, lora=path)
     with pytest.raises(WeightsDamagedError, match="no LoRA file"):
         Flux2.load(dev_folder, lora=tmp_path / "nowhere.safetensors")
