@@ -118,11 +118,31 @@ def test_packages_are_called_in_their_layout(monkeypatch, backend, module, funct
         assert options in ({}, {"tensor_layout": "NHD", "is_causal": False})
         return answer(exact(q, k, v).to(q.dtype))
 
+    install(monkeypatch, module, function, theirs)
+    check(backend.BACKEND.load(), SHAPES[1], torch.float32)
+    # Theirs cannot be traced.
+    setattr(sys.modules[module], function, torch.compiler.disable(theirs))
+    compiled = torch.compile(backend.BACKEND.load(), backend="aot_eager", fullgraph=True, dynamic=True)
+    check(compiled, SHAPES[1], torch.float32)
+
+
+def install(monkeypatch, module, name, function):
+    """A package of one function."""
     fake = ModuleType(module)
-    setattr(fake, function, theirs)
+    setattr(fake, name, function)
     monkeypatch.setitem(sys.modules, module.split(".")[0], ModuleType(module.split(".")[0]))
     monkeypatch.setitem(sys.modules, module, fake)
-    check(backend.BACKEND.load(), SHAPES[1], torch.float32)
+
+
+def test_the_compiler_knows_what_sage_overwrites(monkeypatch):
+    def centring(q, k, v, **_):
+        k -= k.mean(1, keepdim=True)
+        return exact(q, k, v).to(q.dtype)
+
+    install(monkeypatch, "sageattention", "sageattn", centring)
+    sage.BACKEND.load()
+    whole = torch.ops.flux2_local.sageattention.default
+    torch.library.opcheck(whole, draw(SHAPES[1], torch.float32), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

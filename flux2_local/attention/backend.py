@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..hardware import Hardware, package
@@ -117,17 +118,43 @@ class Backend:
         return f"{self.package} is not installed; {self.get}"
 
 
-def imported(module: str, name: str) -> Callable[[], Attend]:
-    """A loader of a function that takes q, k and v as they are and returns the result, alone or followed by more."""
+def operation(
+    name: str, function: Callable[[Tensor, Tensor, Tensor], Tensor], mutates: tuple[str, ...] = ()
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``function``, (q [B, T, H, d], k and v [B, S, H, d]) -> [B, T, H, d], as one operation that torch.compile does not trace.
+
+    Args:
+        name: of the operation, another one for every function.
+        function: its result is no view of what it is given.
+        mutates: those of "q", "k" and "v" that it may overwrite.
+    """
+
+    @torch.library.custom_op(f"flux2_local::{name}", mutates_args=mutates)
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v).contiguous()
+
+    whole.register_fake(lambda q, k, v: q.new_empty(q.shape))
+    return whole
+
+
+def imported(module: str, name: str, mutates: tuple[str, ...] = (), **options: object) -> Callable[[], Attend]:
+    """A loader of a package's function that takes q, k and v as they are, overwrites ``mutates`` of them and returns the result,
+    alone or followed by more."""
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = getattr(importlib.import_module(module), name)(q, k, v, **options)
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    # Packages choose devices and kernels in Python that cannot be traced.
+    compiled = operation(module.replace(".", "_"), theirs, mutates)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        found = (compiled if torch.compiler.is_compiling() else theirs)(q, k, v)
+        return found if out is None else out.copy_(found)
 
     def load() -> Attend:
-        function = getattr(importlib.import_module(module), name)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-            found = function(q, k, v)
-            result: Tensor = found[0] if isinstance(found, tuple) else found
-            return result if out is None else out.copy_(result)
-
+        getattr(importlib.import_module(module), name)
         return attend
 
     return load

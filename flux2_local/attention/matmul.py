@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.ops import Attend
-from .backend import Backend
+from .backend import Backend, operation
 
 CACHE = 2**20
 """Bytes of scores that are computed together: about what a core's second-level cache holds."""
@@ -43,11 +43,6 @@ def in_groups(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
 
 
 # What torch.compile sees: traced, it would be another graph for every number of groups.
-@torch.library.custom_op("flux2_local::matmul_attention", mutates_args=())
-def as_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return in_groups(q, k, v, torch.empty_like(q))
-
-
-as_one.register_fake(lambda q, k, v: torch.empty_like(q))
+as_one = operation("matmul_attention", lambda q, k, v: in_groups(q, k, v, q.new_empty(q.shape)))
 
 BACKEND = Backend("matmul", load, {"cpu": {"bfloat16": 0}})

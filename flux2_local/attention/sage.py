@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..model.ops import Attend
-from .backend import Backend
-
-
-def load() -> Attend:
-    """Import it."""
-    from sageattention import sageattn
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        # Its first version centres k in place, and every version takes misspelt options in silence.
-        found: Tensor = sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
-        return found if out is None else out.copy_(found)
-
-    return attend
-
+from .backend import Backend, imported
 
 BACKEND = Backend(
     "sage",
-    load,
+    # Its first version centres k in place, and every version takes misspelt options in silence.
+    imported("sageattention", "sageattn", mutates=("k",), tensor_layout="NHD", is_causal=False),
     sms=(80, 86, 89, 90, 120),
     head_dims=(64, 96, 128),
     package="sageattention",

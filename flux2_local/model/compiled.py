@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,6 @@ from .transformer import Flux2Transformer, TransformerConfig
 if TYPE_CHECKING:
     from ..hardware import Hardware
 
-P, T = ParamSpec("P"), TypeVar("T")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 GRAPHS = 64
 """The most graphs of one kind of block, of all models in the process. torch's own limit of 8 is an error of the request that exceeds
@@ -77,15 +76,15 @@ def compile_blocks(transformer: Flux2Transformer, folder: Path, backend: str = "
         setattr(transformer, name, tracing(getattr(transformer, name)))
 
 
-def tracing(function: Callable[P, T]) -> Callable[P, T]:
+def tracing(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` under the settings that blocks are traced with; set while it runs, since they hold for one thread."""
     import torch._dynamo.config as dynamo
     import torch.fx.experimental._config as shapes
 
     @wraps(function)
-    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         # Otherwise a number of tokens that equals another dimension once is taken to equal it always.
-        with shapes.patch(use_duck_shape=False), dynamo.patch(recompile_limit=GRAPHS):
+        with shapes.patch(use_duck_shape=False), dynamo.patch(recompile_limit=GRAPHS):  # type: ignore[attr-defined]
             return function(*args, **kwargs)
 
     return traced
