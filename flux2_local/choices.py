@@ -20,11 +20,10 @@ COMPILING, TRACING = 20.0, 3.0
 """Seconds before the first picture where the blocks are compiled, or only traced because the code was kept. Compiling two blocks took
 12 to 23 s on a CPU; assumed elsewhere."""
 
-SPARED = {("cpu", "reference"): 0.05, ("cuda", "reference"): 0.07}
-"""The share of a step that compiled blocks spare, by device and by the operations there are without: what is known. On a CPU stock
-diffusers in 16 bit took 7 % less at 512×512 and 3 % at 1024×768 (``benchmarks/results/speed-2026-11-26.json``); on a card, FLUX.2 dev
-at 80 GB, SGLang's published 0.4605 and 0.4280 s a step. Fused operations ("native", "triton") do what a compiler would, and nothing
-was measured to be gained beside them."""
+SPARED = {("cuda", "reference"): 0.07}
+"""The share of a step that compiled blocks spare, by device and by the operations there are without: what is known. It is from
+SGLang's published 0.4605 and 0.4280 s a step of FLUX.2 dev at 80 GB. Fused operations ("native", which a CPU always has, and "triton")
+do what a compiler would, and nothing was measured to be gained beside them."""
 
 MOST_TOGETHER = 4
 """Pictures denoised together at most; what a batch gains is nearly all in the first few."""
