@@ -64,7 +64,7 @@ LAYOUTS = {
     "diffusers, alpha 8": lambda: as_diffusers(8),
     "diffusers, alpha 8, rank-stabilized": lambda: as_diffusers(8, use_rslora=True),
     "diffusers, alpha 8, patterns": lambda: as_diffusers(
-        8, alpha_pattern={"attn.to_(out|qkv.*)": 16, "f": 2, "ff.linear_in": 1}
+        8, alpha_pattern={"attn.to_(out|qkv.*)": 16, "ff.linear_in": 1}
     ),
     "ai-toolkit": as_ai_toolkit,
     "ai-toolkit, alpha 8": lambda: as_ai_toolkit(8),
