@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,14 +116,15 @@ def test_models_that_take_many_graphs_run_side_by_side(fresh, tmp_path):
     assert counters["stats"]["unique_graphs"] == len(nets) * kinds * ways and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("was", [None, default_cache_dir(), "elsewhere"])
-def test_code_is_kept_in_the_folder_that_no_one_else_named(monkeypatch, tmp_path, was):
+def test_code_is_kept_in_the_folder_that_no_one_else_named(fresh, tmp_path, monkeypatch):
     """The compiler's import sets the variable to its default."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    if was is not None:
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", was)
-    compile_blocks(network(), tmp_path, backend="eager")
-    assert cache_dir() == str(Path(was).absolute() if was == "elsewhere" else tmp_path)
+    ours, theirs = (str(tmp_path / name) for name in ("ours", "theirs"))
+    for named, used in ((None, ours), (default_cache_dir(), ours), (theirs, theirs)):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        if named:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+        compile_blocks(network(), tmp_path / "ours", backend="eager")
+        assert cache_dir() == used
 
 
 PROGRAM = """
