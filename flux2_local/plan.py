@@ -115,7 +115,7 @@ class Plan:
             None.
         attention: the attention backend.
         ops: the implementation of what lies between the matmuls.
-        compile: "off", or "blocks" where torch.compile makes one graph of each kind of block.
+        compile: "off", or "blocks" where torch.compile takes the transformer's blocks.
         cache: when steps may be skipped; None computes all.
         together: whether the two passes of classifier-free guidance run as one of a batch twice as large.
         batch: pictures of one size that are denoised together, where so many are asked for.
