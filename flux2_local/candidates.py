@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from . import costs, footprint, quant
-from .costs import WIDTH, Architecture, Work
+from .costs import PAGEABLE, WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
 from .homes import Home, Traveller, homes
@@ -24,9 +24,6 @@ SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
 
 HOST_RESERVE = 2 * 2**30
 """Bytes of host memory left to the process and the system where weights wait in it."""
-
-PAGEABLE = 0.5
-"""Share of the link's rate that copies from memory that is not page-locked reach: the driver copies twice. Assumed."""
 
 TILE = 512
 """Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
