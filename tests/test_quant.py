@@ -20,6 +20,7 @@ from flux2_local import (
     footprint,
     load,
     lora,
+    mapping,
     quant,
     store,
     weights,
@@ -30,8 +31,9 @@ from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset, probe
 from flux2_local.model.blocks import block_linears
+from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
-from flux2_local.plan import Wishes, make_plan
+from flux2_local.plan import ComponentPlan, Wishes, make_plan
 from flux2_local.presets import EIGHT_BIT, devices, models, parse_bytes, tiers
 from flux2_local.quant import builtin, convert, disk, measure
 from flux2_local.quant.formats import FORMATS, Format, numbers
@@ -249,6 +251,17 @@ def test_the_second_loading_reads_what_the_first_kept(dev_folder, monkeypatch):
     monkeypatch.setattr(convert, "convert", None)
     monkeypatch.setattr(load.Source, "tensors", None)
     assert np.array_equal(pixels(Flux2.load(dev_folder, quantize="builtin-int8")), first)
+
+
+@pytest.mark.parametrize("placement", ["resident", "staged", "streamed"])
+def test_what_leaves_the_device_is_in_files_from_the_first_loading_on(dev_folder, placement):
+    """Where host memory is short it is planned to be there alone."""
+    source = load.Source(store.find(dev_folder, "standard"), "transformer")
+    with meta():
+        net = Flux2Transformer(load.architecture(source.checkpoint).transformer)
+    assert load.fill(net, ComponentPlan("builtin-int8", placement), "bfloat16", source, CPU) == ""
+    in_memory = [value for value in hung_tensors(net) if not mapping.backed(value)]
+    assert bool(in_memory) == (placement == "resident") and len(files()) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in USABLE if not FORMATS[n].not_kept])
