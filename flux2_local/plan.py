@@ -199,7 +199,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     cache_choice, cache = choose_cache(need)
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
-    limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
+    limit = min(hardware.free if wishes.vram is None else wishes.vram, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     computed = ops_choice.value, attention_choice.value, cache is not None, folded, spared(need, cache)
     terms = Terms(need, hardware, dtype, limit, *computed, merged=bool(wishes.adapters) or adapted(need))
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
