@@ -115,7 +115,7 @@ class Candidate:
         together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
         plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
-        peak, host, disk: bytes of device memory and of host memory at most, and of files.
+        peak, host, disk: bytes of device memory at most, of host memory for weights that wait, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
         text_stay: where a prompt is expanded, numbers of the text encoder's blocks that stay meanwhile, where it streams.

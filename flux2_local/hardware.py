@@ -251,8 +251,8 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
 
 def with_ram(hardware: Hardware, ram: int) -> Hardware:
     """The same with ``ram`` bytes of host memory, which are a CPU's own, all of them free."""
-    own = {"memory": ram, "free": ram} if hardware.kind == "cpu" else {}
-    return replace(hardware, ram=ram, **own)
+    given = replace(hardware, ram=ram)
+    return replace(given, memory=ram, free=ram) if hardware.kind == "cpu" else given
 
 
 def usable_cores() -> int:

@@ -196,6 +196,14 @@ def test_host_memory_is_a_cpus_own_and_beside_a_card():
     assert ["--ram" in reason for reason in reasons] == [True, False]
 
 
+def test_a_plan_says_what_it_counts_of_host_memory():
+    for device, some in (("h200", False), ("laptop-8gb", True)):
+        plan = make_plan(need("klein-9b"), from_preset(device))
+        assert bool(plan.host_bytes) == some
+        told = f"{show_bytes(plan.host_bytes)} of host memory for weights that wait (the process's own comes on top)"
+        assert told in explain(plan)
+
+
 def test_a_budget_of_nothing_is_not_the_whole_card():
     with pytest.raises(RequestError, match="vram: .*no memory"):
         make_settings(vram="0GiB")
