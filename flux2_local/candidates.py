@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from . import costs, footprint, quant
-from .costs import WIDTH, Architecture, Work
+from .costs import PAGEABLE, WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
 from .homes import Home, Traveller, homes
@@ -24,9 +24,6 @@ SYSTEM_RESERVE = {"cuda": 600 * 2**20, "cpu": 512 * 2**20, "mps": 2 * 2**30}
 
 HOST_RESERVE = 2 * 2**30
 """Bytes of host memory left to the process and the system where weights wait in it."""
-
-PAGEABLE = 0.5
-"""Share of the link's rate that copies from memory that is not page-locked reach: the driver copies twice. Assumed."""
 
 TILE = 512
 """Side in pixels of the tiles that pictures are decoded in where memory is short; not for the exact tier."""
@@ -118,7 +115,7 @@ class Candidate:
         together: whether guidance's two passes run as one of a batch twice as large.
         seconds: predicted.
         plain: what they would be if the format's products took as long as the compute type's: all that its memory gains.
-        peak, host, disk: bytes of device memory and of host memory at most, and of files.
+        peak, host, disk: bytes of device memory at most, of host memory for weights that wait, and of files.
         problem: why it does not fit, or "".
         reason: what it is like.
         text_stay: where a prompt is expanded, numbers of the text encoder's blocks that stay meanwhile, where it streams.

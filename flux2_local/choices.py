@@ -350,7 +350,9 @@ def figures_choice(hardware: Hardware) -> Choice:
     if hardware.measured:
         return Choice("figures", "measured", f"{rates}; kept here, and `flux2-local doctor --measure` measures again")
     if hardware.described:
-        given = f"{show_bytes(hardware.ram)} of host memory (--ram) and {hardware.disk_rate / 1e9:g} GB/s from the disk"
+        given = f"{hardware.disk_rate / 1e9:g} GB/s from the disk"
+        if hardware.kind != "mps":  # whose own memory is the host's
+            given = f"{show_bytes(hardware.ram)} of host memory (--ram) and {given}"
         return Choice("figures", "public", f"{rates}; source: {hardware.source}; {given} are taken for given")
     replaced = "`flux2-local doctor --measure` replaces them by what is reached here"
     return Choice("figures", "public", f"{rates}; source: {hardware.source}; {replaced}")

@@ -39,9 +39,13 @@ ROUNDED = {"cpu": (30, 20), "cuda": (3, 0), "mps": (3, 0)}
 estimate: CPU time of the layers of ``scripts/measure_int8.py`` on one busy core of 19 GB/s, where they took 1.5 and 1.1 ns. On a card
 what the kernels read and write: 16 bit and 8, and sums are scaled in registers."""
 
-CONVERTED = 215
-"""Bytes moved, likewise, to make a weight int8 and keep it on a CPU: klein-4B took 63 s more to load than in 16 bit on two cores of
-25 GB/s (``benchmarks/results/klein-4b-cpu-2026-11-24.json``)."""
+CONVERTED = {"cpu": 215, "cuda": 55, "mps": 215}
+"""Bytes moved, likewise, to make a weight int8. On the host and to keep it: klein-4B took 63 s more to load than in 16 bit on two
+cores of 25 GB/s (``benchmarks/results/klein-4b-cpu-2026-11-24.json``). On a card: what the operations of
+:func:`flux2_kernels.quantize_rows.reference` read and write, one after the other."""
+
+PAGEABLE = 0.5
+"""Share of the link's rate that copies from memory that is not page-locked reach: the driver copies twice. Assumed."""
 
 CHAT, CHAT_STEP = 384, 64
 """Tokens of a chat that asks for a prompt's expansion, where there is no tokenizer to count them: an estimate. Counts are rounded
@@ -245,12 +249,16 @@ def full_tokens(hardware: Hardware, dtype: str) -> int:
 
 
 def conversion_seconds(arch: Architecture, hardware: Hardware, form: quant.Format) -> float:
-    """Seconds that making and keeping ``form``'s weights adds to the first loading: on a CPU :data:`CONVERTED`, elsewhere writing
-    them, at the rate that files are read at."""
+    """Seconds that making and keeping the weights of ``form``, one of ours, takes when they are first loaded: on the host what
+    that adds to reading the files. A card has them come while the next are read, quantizes them and sends them back; then they are
+    written, at the rate that files are read at."""
     weights = sum(parameters(arch)[name] for name in ("transformer", "text_encoder"))
-    if hardware.kind == "cpu":
-        return CONVERTED * weights / hardware.memory_rate
-    return form.weight_bytes * weights / hardware.disk_rate
+    making = CONVERTED[hardware.kind] / hardware.memory_rate
+    if hardware.kind != "cuda":
+        return making * weights
+    stored = WIDTH.get(arch.stored, WIDTH["bfloat16"])
+    making += (stored + form.weight_bytes) / (PAGEABLE * hardware.link_rate)
+    return weights * (max(stored / hardware.disk_rate, making) + form.weight_bytes / hardware.disk_rate)
 
 
 @cache

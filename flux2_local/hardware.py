@@ -71,7 +71,7 @@ class Hardware:
 
 
 ASSUMED_RAM = 64 * 2**30
-"""Bytes of host memory that a described machine is taken to have where nobody says."""
+"""Bytes of host memory that a described card is taken to have beside it where nobody says."""
 
 
 def probe(device: str | None = None, measure: bool = False) -> Hardware:
@@ -215,7 +215,7 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
 
     Args:
         name: of the preset.
-        ram: bytes of host memory; :data:`ASSUMED_RAM` where None.
+        ram: bytes of host memory; where None a CPU's own, which the table has, and :data:`ASSUMED_RAM` beside anything else.
 
     Raises:
         PlanError: no such preset.
@@ -229,13 +229,13 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
     row = known[name]
     modern = row.kind == "cuda" and (row.sm or 0) >= 80
     fast = ("float32",) if row.kind == "cpu" else ("bfloat16", "float16") if modern else ("float16",)
-    return Hardware(
+    found = Hardware(
         device=name,
         kind=row.kind,
         name=row.title,
         memory=row.memory,
         free=row.memory if row.kind == "cpu" else row.memory - 600 * 2**20,
-        ram=ram or ASSUMED_RAM,
+        ram=row.memory if row.kind == "cpu" else ASSUMED_RAM,
         cores=os.cpu_count() or 1,
         sm=row.sm,
         fast_dtypes=fast,
@@ -246,6 +246,13 @@ def from_preset(name: str, ram: int | None = None) -> Hardware:
         disk_rate=row.disk_rate,
         source=row.source,
     )
+    return found if ram is None else with_ram(found, ram)
+
+
+def with_ram(hardware: Hardware, ram: int) -> Hardware:
+    """The same with ``ram`` bytes of host memory, which are a CPU's own, all of them free."""
+    given = replace(hardware, ram=ram)
+    return replace(given, memory=ram, free=ram) if hardware.kind == "cpu" else given
 
 
 def usable_cores() -> int:

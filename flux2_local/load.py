@@ -294,8 +294,8 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
     """Give a network on the meta device its weights, in the format that its plan says.
 
     Quantized ones are read from the disk where they were kept; else they are made, adapters first, and kept: those of a network that
-    streams a layer at a time, since host memory may be too short for all of it. Nothing is on the host twice but for a tensor at a
-    time, and what is converted for a network that stays on a device is there at once.
+    is not resident a layer at a time, since host memory may be too short for all of it. Nothing is on the host twice but for a tensor
+    at a time, and what is converted for a network that stays on a device is there at once.
 
     Returns:
         What the user should know, or "".
@@ -320,7 +320,7 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         coming = convert.Coming(source.tensors(network), home, keep)
         return convert.convert(network, recipe, kind, device, lambda name, w: loras.added(name, w, updates), coming)
 
-    if held.placement == "streamed" and not recipe.form.not_kept:
+    if held.placement != "resident" and not recipe.form.not_kept:
         size = sum(int(p.numel() * recipe.form.weight_bytes) for p in network.parameters())
         if not kept.make(size, made) and kept.read(network, device):
             return ""

@@ -129,7 +129,10 @@ class Plan:
         place_seconds: prediction for ``work``: moving weights before and in the first step, and the autoencoder's, with reading the
             references where that is done once.
         decode_seconds: prediction per picture.
-        peak_bytes, host_bytes, disk_bytes: predicted peaks of device and host memory, and the size of the files.
+        peak_bytes: predicted peak of device memory.
+        host_bytes: predicted peak of what weights that wait for their turn take of host memory. The process itself, its libraries
+            and a tensor or two on their way come on top; :data:`~flux2_local.candidates.HOST_RESERVE` is left to them.
+        disk_bytes: size of the files.
         work: the request that predictions are for.
         choices: every decision with its reason.
         options: every way of holding the networks that was weighed, the quickest first.
@@ -199,7 +202,7 @@ def make_plan(need: Need, hardware: Hardware, wishes: Wishes = NO_WISHES) -> Pla
     cache_choice, cache = choose_cache(need)
     freed_choice = choose_freed(hardware)
     folded = folds(need.tier, hardware, dtype)
-    limit = min(wishes.vram or hardware.free, hardware.free) - SYSTEM_RESERVE[hardware.kind]
+    limit = min(hardware.free if wishes.vram is None else wishes.vram, hardware.free) - SYSTEM_RESERVE[hardware.kind]
     computed = ops_choice.value, attention_choice.value, cache is not None, folded, spared(need, cache)
     terms = Terms(need, hardware, dtype, limit, *computed, merged=bool(wishes.adapters) or adapted(need))
     wanted = formats(need.tier, hardware, dtype, wishes.quantize)
@@ -411,14 +414,14 @@ def explain(plan: Plan) -> str:
         f"  predicted for {count}{work.width}×{work.height}, {work.steps} steps: {plan.seconds:.1f} s "
         f"({expansion}prompt {plan.encode_seconds:.2f}, placing {plan.place_seconds:.2f}, "
         f"steps {work.steps} × {plan.step_seconds:.3f}, decode {plan.decode_seconds:.2f})",
-        f"  at most {show_bytes(plan.peak_bytes)} of device memory, {show_bytes(plan.host_bytes)} of host memory for weights, "
-        f"{show_bytes(plan.disk_bytes)} of disk",
+        f"  at most {show_bytes(plan.peak_bytes)} of device memory, {show_bytes(plan.host_bytes)} of host memory for weights that "
+        f"wait (the process's own comes on top), {show_bytes(plan.disk_bytes)} of disk",
     ]
     for choice in plan.choices:
         lines.append(f"  {choice.what}: {choice.value} — {choice.reason}")
         if choice.what != "placement":
             lines += [f"    not {name}: {why}" for name, why in choice.rejected]
-    lines += ["  weighed, quickest first (seconds, device, host, disk):"]
+    lines += ["  weighed, quickest first (seconds, device, waiting weights on the host, disk):"]
     for o in plan.options:
         sizes = ", ".join(show_bytes(n) for n in (o.peak_bytes, o.host_bytes, o.disk_bytes))
         lines.append(f"    {o.name}: {o.seconds:.1f} s, {sizes} — {o.verdict}")

@@ -274,15 +274,18 @@ def parse_bytes(text: str | int) -> int:
     """Bytes from a number or from text such as "12GiB", "24 GB" or "800MB".
 
     Raises:
-        ValueError: not such a text.
+        ValueError: not such a text, or no byte.
     """
     if isinstance(text, int):
-        return text
+        text = str(text)
     digits = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
     unit = text.strip().lower()[len(digits) :].strip()
     if unit not in _UNITS or not digits.replace(".", "", 1).isdigit():
         raise ValueError(f"{text!r} is not an amount of memory; write for example 12GiB or 24GB.")
-    return int(float(digits) * _UNITS[unit])
+    count = int(float(digits) * _UNITS[unit])
+    if not count:
+        raise ValueError(f"{text!r} is no memory at all; write for example 12GiB or 24GB.")
+    return count
 
 
 def show_bytes(count: float) -> str:

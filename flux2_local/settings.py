@@ -12,7 +12,7 @@ from .attention import AUTO, NAMES
 from .candidates import Need
 from .costs import Work
 from .errors import BudgetError, RequestError
-from .hardware import Hardware, from_preset, probe
+from .hardware import Hardware, from_preset, probe, with_ram
 from .lora import Lora
 from .lora import load as lora_file
 from .plan import Plan, Wishes, make_plan
@@ -108,10 +108,22 @@ def settings_of(loading: Mapping[str, Any]) -> Settings:
 
 
 def find_hardware(device: str | None, ram: int | None = None, measure: bool = False) -> Hardware:
-    """This machine's hardware, whose rates may be measured for it, or the one that a preset of ``devices.toml`` describes."""
-    if device is not None and device.split(":")[0] not in ("cuda", "cpu", "mps"):
-        return from_preset(device, ram)
-    return probe(device, measure)
+    """This machine's hardware, whose rates may be measured for it, or the one that a preset of ``devices.toml`` describes; with
+    ``ram`` bytes of host memory, to plan for that.
+
+    Raises:
+        PlanError: no such device.
+        RequestError: ``ram`` for a device that has no memory but its own, which is the host's too.
+    """
+    described = device is not None and device.split(":")[0] not in ("cuda", "cpu", "mps")
+    hardware = from_preset(device) if described else probe(device, measure)  # type: ignore[arg-type]
+    if ram is None:
+        return hardware
+    if hardware.kind == "mps":
+        raise RequestError(
+            f"ram: {hardware.name} shares the host's memory. Write with --vram how much of it may be used."
+        )
+    return with_ram(hardware, ram)
 
 
 def hardware_to_use(device: str | None, settings: Settings) -> Hardware:

@@ -15,7 +15,7 @@ from flux2_local.errors import BudgetError
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
 from flux2_local.plan import Plan, make_plan
-from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
+from flux2_local.presets import devices, models, show_bytes, tiers
 from flux2_local.request import Acceleration, Variant
 
 README = Path(__file__).parent.parent / "README.md"
@@ -25,7 +25,6 @@ TABLES: tuple[tuple[tuple[str, Variant], ...], ...] = (
     (("klein-4b", "flash"), ("klein-4b", "turbo"), ("klein-4b-base", "standard")),
     (("klein-9b", "flash"), ("klein-9b", "turbo"), ("klein-9b-base", "standard")),
 )
-RAM = parse_bytes("64GiB")
 
 
 def cell(device: str, model: str, variant: Variant) -> str:
@@ -41,7 +40,7 @@ def expected(device: str, model: str, variant: Variant, tier: Acceleration) -> s
     work = Work(1024, 1024, preset.recipe(variant).steps)
     need = Need(model, variant, tiers()[tier], family_architecture(preset), work)
     try:
-        plan = make_plan(need, from_preset(device, RAM))
+        plan = make_plan(need, from_preset(device))
     except BudgetError as error:
         return f"needs {show_bytes(error.smallest)}"
     seconds = f"{plan.seconds:.1f} s" if plan.seconds < 100 else f"{plan.seconds / 60:.0f} min"

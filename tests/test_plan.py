@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_local import BudgetError, Flux2, PlanError, costs, footprint, hardware, load, store
+from flux2_local import BudgetError, Flux2, PlanError, RequestError, costs, footprint, hardware, load, store
 from flux2_local.candidates import SYSTEM_RESERVE, Need
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture, fit, survey
@@ -17,6 +17,7 @@ from flux2_local.plan import Wishes, built, explain, make_plan
 from flux2_local.presets import devices, models, parse_bytes, show_bytes, tiers
 from flux2_local.sampler import modulations
 from flux2_local.schedule import make_schedule
+from flux2_local.settings import find_hardware, make_settings
 
 
 def need(name="klein-4b", variant="standard", tier="regular", work=None):
@@ -180,6 +181,36 @@ def test_every_known_device_can_be_planned_for(device):
         assert all(choice.reason for choice in plan.choices)
 
 
+def test_host_memory_is_a_cpus_own_and_beside_a_card():
+    size = parse_bytes("8GiB")
+    for device in ("cpu-8", "cpu"):
+        given = find_hardware(device, size)
+        assert (given.memory, given.free, given.ram) == (size, size, size)
+    assert from_preset("cpu-8").ram == from_preset("cpu-8").memory == devices()["cpu-8"].memory
+    beside = find_hardware("rtx-4090", size)
+    assert beside == replace(from_preset("rtx-4090"), ram=size) and beside.memory > size
+    assert make_plan(need("klein-4b"), from_preset("cpu-8", size)).peak_bytes < size
+    with pytest.raises(RequestError, match="--vram"):
+        find_hardware("apple-m3-max", size)
+    reasons = [make_plan(need(), from_preset(name)).choices[-1].reason for name in ("rtx-4090", "apple-m3-max")]
+    assert ["--ram" in reason for reason in reasons] == [True, False]
+
+
+def test_a_plan_says_what_it_counts_of_host_memory():
+    for device, some in (("h200", False), ("laptop-8gb", True)):
+        plan = make_plan(need("klein-9b"), from_preset(device))
+        assert bool(plan.host_bytes) == some
+        told = f"{show_bytes(plan.host_bytes)} of host memory for weights that wait (the process's own comes on top)"
+        assert told in explain(plan)
+
+
+def test_a_budget_of_nothing_is_not_the_whole_card():
+    with pytest.raises(RequestError, match="vram: .*no memory"):
+        make_settings(vram="0GiB")
+    with pytest.raises(BudgetError):
+        make_plan(need(), from_preset("rtx-4090"), Wishes(vram=0))
+
+
 def test_tiers_differ_where_they_can(dev_folder, monkeypatch):
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     hw = probe("cpu")
@@ -226,7 +257,7 @@ def test_amounts_of_memory(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-3GB", "1.2.3GB"])
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-3GB", "1.2.3GB", "0GiB", "0.1B", 0, -7])
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(ValueError, match="12GiB"):
         parse_bytes(text)

@@ -9,6 +9,7 @@ import torch
 from flux2_kernels import linear_w4, linear_w8a8, quantize_rows
 from safetensors.torch import save_file
 from test_lora import FIELDS, as_diffusers
+from torch.overrides import TorchFunctionMode
 
 from flux2_local import (
     BackendUnavailableError,
@@ -19,6 +20,7 @@ from flux2_local import (
     footprint,
     load,
     lora,
+    mapping,
     quant,
     store,
     weights,
@@ -29,14 +31,15 @@ from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset, probe
 from flux2_local.model.blocks import block_linears
+from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
-from flux2_local.plan import Wishes, make_plan
+from flux2_local.plan import ComponentPlan, Wishes, make_plan
 from flux2_local.presets import EIGHT_BIT, devices, models, parse_bytes, tiers
 from flux2_local.quant import builtin, convert, disk, measure
 from flux2_local.quant.formats import FORMATS, Format, numbers
 from flux2_local.quant.recipe import Recipe, recipe_for
 
-CPU = torch.device("cpu")
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
 HERE = probe("cpu")
 USABLE = [f.name for f in FORMATS.values() if f.reason_against(HERE, "bfloat16") is None]
 
@@ -54,6 +57,44 @@ def test_a_layer_quantized_in_parts_is_the_same(name, monkeypatch):
     one = 1 if "rotated" in name else 0  # the rotation is a product, which rounds as its size makes it
     assert all((parts[part].float() - value.float()).abs().max() <= one for part, value in whole.items())
     torch.testing.assert_close(parts["scale"], whole["scale"], rtol=1e-6, atol=0)
+
+
+class Card(TorchFunctionMode):
+    """Stands for a card: takes what is sent to one, and leaves it on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and args[1:] == (CARD,):
+            self.taken.append(args[0].numel())
+            return args[0].clone()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-fp8", "builtin-int8-rotated", "builtin-int4"])
+def test_weights_for_a_card_are_quantized_there(name, monkeypatch):
+    """Some rows at a time, and come back to where the weight is."""
+    weight, form = normal(100, 128).bfloat16(), FORMATS[name]
+    monkeypatch.setattr(builtin, "PART", 7 * 128)
+    how = builtin.arithmetic(form, 128, 100, torch.bfloat16, CPU)
+    here = builtin.parts(builtin.quantize(weight, form, torch.bfloat16, CPU))
+    monkeypatch.setattr(builtin, "arithmetic", lambda *_: how)
+    with Card() as card:
+        there = builtin.parts(builtin.quantize(weight, form, torch.bfloat16, CARD))
+    assert sum(card.taken) == weight.numel() and max(card.taken) == 7 * 128
+    assert all(torch.equal(there[part].float(), value.float()) for part, value in here.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.parametrize("name", ["builtin-int8", "builtin-int4"])
+def test_a_card_quantizes_to_the_hosts_numbers(name):
+    weight, form = normal(1000, 3072).bfloat16(), FORMATS[name]
+    here = builtin.parts(builtin.quantize(weight, form, torch.bfloat16, CPU))
+    there = builtin.parts(builtin.quantize(weight, form, torch.bfloat16, CARD))
+    assert all(value.device == CPU and torch.equal(value, here[part]) for part, value in there.items())
 
 
 def error(got, want):
@@ -210,6 +251,17 @@ def test_the_second_loading_reads_what_the_first_kept(dev_folder, monkeypatch):
     monkeypatch.setattr(convert, "convert", None)
     monkeypatch.setattr(load.Source, "tensors", None)
     assert np.array_equal(pixels(Flux2.load(dev_folder, quantize="builtin-int8")), first)
+
+
+@pytest.mark.parametrize("placement", ["resident", "staged", "streamed"])
+def test_what_leaves_the_device_is_in_files_from_the_first_loading_on(dev_folder, placement):
+    """Where host memory is short it is planned to be there alone."""
+    source = load.Source(store.find(dev_folder, "standard"), "transformer")
+    with meta():
+        net = Flux2Transformer(load.architecture(source.checkpoint).transformer)
+    assert load.fill(net, ComponentPlan("builtin-int8", placement), "bfloat16", source, CPU) == ""
+    in_memory = [value for value in hung_tensors(net) if not mapping.backed(value)]
+    assert bool(in_memory) == (placement == "resident") and len(files()) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in USABLE if not FORMATS[n].not_kept])
@@ -484,6 +536,18 @@ def test_on_a_cpu_the_high_tier_takes_int8_where_layers_are_wide(name, form):
     assert {plan.transformer.format, plan.text_encoder.format} == {form}
     weights = next(choice for choice in plan.choices if choice.what == "weights")
     assert ("made once, which takes about" in weights.reason) is (form == "builtin-int8")
+
+
+def test_making_weights_on_a_card_waits_for_the_disk_or_the_link_and_then_for_writing():
+    """2 bytes a weight are read while those before are sent, quantized and sent back; then one is written."""
+    arch, form = family_architecture(models()["klein-4b"]), FORMATS["builtin-int8"]
+    count = sum(costs.parameters(arch)[name] for name in ("transformer", "text_encoder"))
+    card = replace(from_preset("rtx-4090"), memory_rate=1e15, link_rate=12e9, disk_rate=1e9)
+    for files, link, seconds in ((1e9, 12e9, 2e-9 + 1e-9), (1e12, 12e9, 3 / 6e9), (1e12, 1e9, 3 / 0.5e9)):
+        card = replace(card, disk_rate=files, link_rate=link)
+        assert costs.conversion_seconds(arch, card, form) == pytest.approx(count * seconds, rel=0.01)
+    slow = replace(card, memory_rate=55e9, link_rate=1e15)
+    assert costs.conversion_seconds(arch, slow, form) == pytest.approx(count * 1e-9, rel=0.01)
 
 
 def test_int8_is_taken_for_its_measured_speed_alone():

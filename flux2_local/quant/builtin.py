@@ -86,24 +86,30 @@ def quantize(weight: Tensor, form: Format, dtype: torch.dtype, device: torch.dev
         weight: as the checkpoint and its adapters have it.
         form: one of the builtin formats.
         dtype: of the activations to come.
-        device: where the layer will run.
+        device: where the layer will run. A card quantizes, too: the same numbers, but for how a rotation's products round.
     """
     channels = weight.shape[1]
     how = arithmetic(form, channels, weight.shape[0], dtype, device)
+    there = device if device.type == "cuda" else weight.device
     if form.group:
-        return QuantizedLinear(*by_rows(weight, lambda part: linear_w4.pack(part, form.group)), how)
+        return QuantizedLinear(*by_rows(weight, lambda part: linear_w4.pack(part, form.group), there), how)
     rotation = 0 if how.quantizer is None else how.quantizer.rotation
-    values, scale = by_rows(weight, lambda part: quantize_rows.reference(part, values_of(form), rotation))
+    values, scale = by_rows(weight, lambda part: quantize_rows.reference(part, values_of(form), rotation), there)
     return QuantizedLinear(values, scale[:, 0].contiguous(), how)
 
 
-def by_rows(weight: Tensor, quantized: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What ``quantized``, which takes each row by itself, makes of [N, K], some rows at a time: it works in float32."""
+def by_rows(
+    weight: Tensor, quantized: Callable[[Tensor], tuple[Tensor, Tensor]], there: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What ``quantized``, which takes each row by itself, makes of [N, K] on the device ``there``, some rows at a time: it works in
+    float32. The result is where the weight is."""
     wholes: tuple[Tensor, ...] = ()
     count = max(1, PART // weight.shape[1])
     for start in range(0, weight.shape[0], count):
-        made = quantized(weight[start : start + count])
-        wholes = wholes or tuple(one.new_empty(weight.shape[0], *one.shape[1:]) for one in made)
+        made = quantized(weight[start : start + count].to(there))
+        wholes = wholes or tuple(
+            torch.empty(weight.shape[0], *one.shape[1:], dtype=one.dtype, device=weight.device) for one in made
+        )
         for whole, one in zip(wholes, made, strict=True):
             whole[start : start + count].copy_(one)
     values, scales = wholes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .constraint import HALF, Constraint, Dims, Format, Rule, multiple, one_of
 from .op import Case, Cost, Function, Implementation, Inputs, Op, product, size_of
-from .quantize_rows import SMALLEST_ROW, quantize, rows, widen
+from .quantize_rows import quantize, rows, scale_of, widen
 from .shapes import MODELS, TOKENS
 
 GROUPS = (64, 128)
@@ -31,7 +31,7 @@ def pack(w: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
         int8 [N, K / 2] of packed pairs and float32 scales [N, K / group].
     """
     grouped = widen(w).unflatten(-1, (-1, group))
-    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / LARGEST
+    scale = scale_of(grouped, LARGEST)
     low, high = (grouped / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8).chunk(2, -1)
     return ((low & 15) | (high << 4)).flatten(-2), scale[..., 0].float()
 

@@ -42,10 +42,17 @@ def rotate(x: Tensor, hadamard: int) -> Tensor:
     return (x.unflatten(-1, (-1, hadamard)) @ matrix).flatten(-2)
 
 
+def scale_of(x: Tensor, largest: float) -> Tensor:
+    """The largest magnitude of each row of ``x`` [..., K] over ``largest``: [..., 1], the dtype of x."""
+    # On a card torch divides by a number as a product with its reciprocal, which rounds otherwise than a CPU's division.
+    most = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW)
+    return most / (x.new_full((), largest) if x.is_cuda else largest)
+
+
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of float32 or float64 ``x`` [..., K] -> values [..., K] in ``dtype`` and scales [..., 1] in float32."""
     largest = LARGEST[dtype]
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / largest
+    scale = scale_of(x, largest)
     values = (x / scale).clamp(-largest, largest)
     values = values.round().nan_to_num(0) if dtype == torch.int8 else values
     return values.to(dtype), scale.float()
