@@ -13,16 +13,16 @@ import numpy as np
 from .. import costs, load, store
 from ..costs import Work
 from .contenders import BASE, CONTENDERS, IN_16_BIT, REFERENCE
-from .metrics import gmsd, psnr, ssim
+from .metrics import decibels, gmsd, mse, ssim
 from .runner import Drawn, Outcome, Samples
 from .subject import Judged, Subject
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Pictures against others; as :class:`Row` has them."""
+    """Pictures against others; as :class:`Row` has them, and ``mse``, the mean squared error that its PSNR is of."""
 
-    psnr: float | None = None
+    mse: float | None = None
     ssim: float | None = None
     gmsd: float | None = None
     differ: float | None = None
@@ -38,7 +38,8 @@ class Row:
         dtype, steps: of activations, and of denoising.
         seconds: median of whole calls, loading and the first picture left out; ``fastest`` and ``slowest`` of ``samples``.
         ratio: median over the rounds (``ratios``) of the stock pipeline's seconds to this one's; None where they share none.
-        psnr, ssim, gmsd: means over the pictures against the exact tier's; dB (99 for equal ones), 1 and 0 for equal ones.
+        psnr, ssim, gmsd: against the exact tier's pictures: PSNR of the mean squared error over all of them, dB
+            (:data:`.metrics.SAME` for equal ones), and means, 1 and 0 for equal ones.
         differ, differ_more: share of values that differ at all, and by more than one, in percent. None, like the three before
             them, where no picture was finished.
         load_seconds: from the start of the process until it is loaded.
@@ -47,9 +48,10 @@ class Row:
             where it is not known.
         tflop_per_s: of the model's arithmetic, as if no step were skipped and nothing were computed twice.
         share: what was computed (``tflop_per_s`` less what was skipped) of the matrix product rate measured in its dtype; in
-            results without ``skipped`` of ``tflop_per_s`` itself, and so at most that.
+            results without ``skipped`` of ``tflop_per_s`` itself, and so at most that. None where its linear layers multiply in a
+            type whose rate was not measured.
         stages: median seconds per stage, where it tells them.
-        plan: what runs, for ours.
+        plan: of ours, what was decided for the last picture.
         adherence, asked: of the ``asked`` things that the prompts ask for, the share that a judge finds in the pictures, in
             percent; None and 0 where nobody judged. ``verdicts`` has a "1" or a "0" per thing and a text per picture.
         adherence_change, adherence_error: points that it has more than the exact tier in the same things, and the standard error
@@ -60,7 +62,7 @@ class Row:
             are at most what they say.
         skipped: how many times a picture left out a double and a single block, on the average; None where nobody kept that.
         copy_share: of the measured copy rate, the bytes that denoising cannot but move (:func:`costs.step_bytes`); None where its
-            seconds are not told.
+            seconds are not told, or its linear layers' weights are of another type than its activations.
     """
 
     size: str
@@ -83,7 +85,7 @@ class Row:
     host_bytes: int
     device_bytes: int
     tflop_per_s: float
-    share: float
+    share: float | None
     samples: list[float]
     ratios: list[float]
     stages: dict[str, float] = field(default_factory=dict)
@@ -139,7 +141,9 @@ def row(
     due, spared = flops(subject, steps), flops_spared(subject, skipped)
     told = taken.drawn[0].stages if taken.drawn else {}
     stages = {k: statistics.median(one.stages.get(k, 0.0) for one in taken.drawn) for k in told}
+    products = taken.facts.get("products", dtype)
     moved = bytes_moved(subject, steps, skipped, dtype)
+    known = stages.get("denoise") and "copy" in rates and products == dtype
     return Row(
         size=subject.size,
         name=name,
@@ -151,7 +155,7 @@ def row(
         fastest=min(samples),
         slowest=max(samples),
         ratio=statistics.median(ratios) if ratios else None,
-        psnr=near.psnr,
+        psnr=None if near.mse is None else decibels(near.mse),
         ssim=near.ssim,
         gmsd=near.gmsd,
         differ=near.differ,
@@ -161,16 +165,16 @@ def row(
         host_bytes=taken.memory.get("host", 0),
         device_bytes=taken.memory.get("device", 0),
         tflop_per_s=due / seconds / 1e12,
-        share=(due - spared) / seconds / rates[dtype],
+        share=(due - spared) / seconds / rates[products] if products in rates else None,
         samples=samples,
         ratios=ratios,
         stages=stages,
-        plan=taken.facts.get("plan", {}),
+        plan=taken.drawn[-1].plan if taken.drawn else {},
         first_steps=taken.first_steps,
         limit=taken.exceeded,
         more_than=taken.exceeded is not None and statistics.median([*finished, math.inf]) == math.inf,
         skipped=skipped,
-        copy_share=moved / stages["denoise"] / rates["copy"] if stages.get("denoise") and "copy" in rates else None,
+        copy_share=moved / stages["denoise"] / rates["copy"] if known else None,
     )
 
 
@@ -187,7 +191,7 @@ def quality(want: Drawn, got: Drawn) -> Quality:
     a, b = want.picture, got.picture
     apart = np.abs(a.astype(int) - b)
     shares = (100 * float((apart > bound).mean()) for bound in (0, 1))
-    return Quality(psnr(a, b), ssim(a, b), gmsd(a, b), *shares)
+    return Quality(mse(a, b), ssim(a, b), gmsd(a, b), *shares)
 
 
 @cache
@@ -265,9 +269,9 @@ def adherence(row: Row) -> str:
 
 
 def share(row: Row) -> str:
-    """Of the product rate, or what it is at most."""
+    """Of the product rate, or what it is at most; "" where that rate was not measured."""
     bound = "< " if row.more_than else "≤ " if row.skipped is None else ""
-    return f"{bound}{row.share:.0%}"
+    return "" if row.share is None else f"{bound}{row.share:.0%}"
 
 
 def figure(value: float | None, form: str) -> str:
@@ -288,7 +292,7 @@ def ratio(row: Row) -> str:
 READING = (
     "Of products: FLOPs that were computed, those of skipped steps left out, of what matrix products of the same type reach here; "
     "≤ where a result does not say what was skipped. Of copies: bytes that the linear layers of denoising must move, of what a "
-    "copy reaches; of ours, which tell the seconds of denoising. Adherence: in brackets the points more than the exact tier in the "
+    "copy reaches; of ours, which tell the seconds of denoising. Both are left out of quantized weights. Adherence: in brackets the points more than the exact tier in the "
     "same things, ± the standard error."
 )
 
