@@ -41,7 +41,7 @@ class Row:
         psnr, ssim, gmsd: against the exact tier's pictures: PSNR of the mean squared error over all of them, dB
             (:data:`.metrics.SAME` for equal ones), and means, 1 and 0 for equal ones.
         differ, differ_more: share of values that differ at all, and by more than one, in percent. None, like the three before
-            them, where no picture was finished.
+            them, where no picture was finished, and where the contender starts from other noise.
         load_seconds: from the start of the process until it is loaded.
         first_seconds: of the first picture, of ``first_steps`` steps: it compiles and warms up.
         host_bytes, device_bytes: peaks: resident memory of its process (mapped weights included), and allocated on a card; 0
@@ -103,12 +103,16 @@ class Row:
 
 
 def references(outcome: Outcome) -> tuple[str, str] | None:
-    """The contenders that quality and speed are held against; None where no picture was finished.
+    """The contenders that quality and speed are held against; None where no picture was finished."""
+    return first_of([name for name, taken in outcome.samples.items() if taken.drawn])
+
+
+def first_of(drew: Sequence[str]) -> tuple[str, str] | None:
+    """The same by the names of those that finished a picture.
 
     Where the stock pipeline does not fit, its 16-bit form takes its place, and without the exact tier quality is held against
     them; without those, against the first that ran.
     """
-    drew = [name for name, taken in outcome.samples.items() if taken.drawn]
     if not drew:
         return None
     quality, speed = ([n for n in names if n in drew] for names in ((REFERENCE, BASE, IN_16_BIT), (BASE, IN_16_BIT)))
@@ -121,7 +125,7 @@ def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Ro
     nothing = Samples({}, 0.0)
     against, base = (nothing, nothing) if names is None else (outcome.samples[name] for name in names)
     seen = {name: taken for name, taken in outcome.samples.items() if taken.seconds}
-    return [row(name, taken, against, base, subject, rates) for name, taken in seen.items()]
+    return [likened(row(name, taken, against, base, subject, rates)) for name, taken in seen.items()]
 
 
 def row(
@@ -176,6 +180,17 @@ def row(
         skipped=skipped,
         copy_share=moved / stages["denoise"] / rates["copy"] if known else None,
     )
+
+
+def likened(row: Row) -> Row:
+    """The row without the figures of likeness where its contender starts from other noise."""
+    nothing = {"psnr": None, "ssim": None, "gmsd": None, "differ": None, "differ_more": None}
+    return replace(row, **nothing) if starts_elsewhere(row) else row
+
+
+def starts_elsewhere(row: Row) -> bool:
+    """Whether its contender starts from noise of its own."""
+    return row.name in CONTENDERS and CONTENDERS[row.name].other_noise
 
 
 def mean(found: Sequence[Quality]) -> Quality:
@@ -279,6 +294,11 @@ def figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def likeness(row: Row, unit: str = "") -> str:
+    """PSNR with ``unit`` after it, or that the pictures are equal; "" where it is not known."""
+    return "equal" if row.differ == 0 else "" if row.psnr is None else f"{row.psnr:.1f}{unit}"
+
+
 def seconds(row: Row) -> str:
     """The median, or what it is more than."""
     return f"{'> ' if row.more_than else ''}{row.seconds:.2f}"
@@ -297,14 +317,18 @@ READING = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; :data:`READING` says how to read it."""
-    head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
+def table(rows: Sequence[Row], base: str = BASE) -> str:
+    """The rows as a Markdown table; :data:`READING` says how to read it.
+
+    Args:
+        base: whose seconds the ratios are of.
+    """
+    head = ("size", "", "seconds", "spread", f"× {base}", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
             "of products", "of copies")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [
         f"| {r.size} | {r.name} | {seconds(r)} | {r.fastest:.2f}–{'> ' if r.limit else ''}{r.slowest:.2f} | {ratio(r)} "
-        f"| {figure(r.psnr, '.1f')} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
+        f"| {likeness(r)} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
         f"| {adherence(r)} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
         f"| {r.first_seconds:.1f} | {share(r)} | {figure(r.copy_share, '.0%')} |"
         for r in rows

@@ -102,7 +102,7 @@ def bench(
     record, rows = measured.record, [row for rows in measured.rows.values() for row in rows]
     if not rows and measured.stopped:
         raise Cancelled("Stopped before the first picture; nothing was written.")
-    print(results.table(rows))
+    print(results.table(rows, reporting.references(record)[1]))
     for where, refused in record["refused"].items():
         ran = {row.name for row in rows if row.size == where}
         for name, why in refused.items():
