@@ -28,6 +28,10 @@ $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.test
 
+$(VENV)/.bench: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	$(PIP) --editable '.[test,bench]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
+
 demo: $(VENV)/.demo
 	$(BIN)/flux2-local "$(PROMPT)"
 
@@ -40,13 +44,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed
 
-bench-suites: $(VENV)/.test
+bench-suites: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/suites --benchmark-columns=median,iqr,rounds
 
-gpu: $(VENV)/.test
+gpu: $(VENV)/.bench
 	$(BIN)/python scripts/gpu.py
 
 clean:
