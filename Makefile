@@ -3,7 +3,7 @@
 # make check               formatting, lint, types
 # make bench               speed against diffusers on this machine, with the quality it costs
 # make bench-suites        times operations, blocks, steps, stages, pictures and cold starts one by one
-# make gpu                 kernels, tiers and memory budgets of FLUX.2 dev on this machine's NVIDIA card
+# make gpu                 kernels, then tiers, memory budgets and steps of FLUX.2 at full size on this machine's NVIDIA card
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
