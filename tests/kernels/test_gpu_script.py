@@ -58,12 +58,19 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
 
 @needs_triton
 def test_dry_run_of_the_models_parts(tmp_path: Path) -> None:
-    ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--part", "scaling", "--out", str(tmp_path))
+    ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--out", str(tmp_path))
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
     found = {path.name.partition("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "high, int8"]
     assert len(found["budgets"]["rows"]) == 2 and not any("error" in row for row in found["budgets"]["rows"])
-    assert list(found["scaling"]["exponents"]) == ["tokens", "width", "depth"]
+
+
+@needs_triton
+def test_dry_run_of_the_steps(tmp_path: Path) -> None:
+    ran = run("--dry-run", "--part", "scaling", "--out", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
+    (kept,) = tmp_path.glob("scaling-*.json")
+    assert list(json.loads(kept.read_text())["exponents"]) == ["tokens", "width", "depth"]
 
 
 @pytest.mark.parametrize(("card", "model"), [("h200", "dev"), ("rtx-4090", "klein-4b"), ("none", None)])
