@@ -155,7 +155,9 @@ def test_rates_are_measured_of_every_type_that_a_contender_takes_where_the_devic
     monkeypatch.setattr(hardware, "has_fast_bfloat16", lambda: False)
     slow = hardware.look("cpu")
     assert slow.fast_dtypes == ("float32",) and "bfloat16" in measurement.products(slow)
-    old = replace(hardware.from_preset("rtx-3090"), sm=75, fast_dtypes=("float16",))  # stock diffusers is bfloat16 there
+    old = replace(
+        hardware.from_preset("rtx-3090"), sm=75, fast_dtypes=("float16",)
+    )  # stock diffusers is bfloat16 there
     assert set(measurement.products(old)) == {"float32", "bfloat16", "float16"}
 
 
@@ -242,7 +244,9 @@ def test_only_what_lies_outside_the_spread_has_changed(after, verdict):
 
 
 def test_single_samples_are_not_judged_and_that_is_said():
-    one, other = ({"rows": [row([seconds], ratio=ratio, ratios=[ratio])]} for seconds, ratio in ((1.0, 2.0), (9.0, 0.2)))
+    one, other = (
+        {"rows": [row([seconds], ratio=ratio, ratios=[ratio])]} for seconds, ratio in ((1.0, 2.0), (9.0, 0.2))
+    )
     found = compare.compare(one, other)
     assert not any(change.verdict for change in found.changes)
     assert found.caveats == ("times are not judged, for which 4 samples a side are needed: 512×512 flash",)
@@ -257,7 +261,10 @@ def test_memory_quality_and_ratio_are_compared():
 
 def test_a_slower_machine_is_no_change_where_the_ratio_stays():
     old, new = (row([s, 1.1 * s] * 2, ratio=2.0, ratios=[1.9, 2.1] * 2) for s in (1.0, 1.3))
-    assert [(change.figure, change.verdict) for change in compare.changes_of(old, new)] == [("seconds", ""), ("ratio", "")]
+    assert [(change.figure, change.verdict) for change in compare.changes_of(old, new)] == [
+        ("seconds", ""),
+        ("ratio", ""),
+    ]
 
 
 def test_one_that_fails_is_worse_and_one_that_fails_no_longer_better():
@@ -275,7 +282,16 @@ def test_one_that_fails_is_worse_and_one_that_fails_no_longer_better():
 
 @pytest.mark.parametrize(
     "name",
-    ["held_against", "apart", "limit", "threads", "transformers", "cuda", environment.DRIVER, "stable-diffusion-cpp-python"],
+    [
+        "held_against",
+        "apart",
+        "limit",
+        "threads",
+        "transformers",
+        "cuda",
+        environment.DRIVER,
+        "stable-diffusion-cpp-python",
+    ],
 )
 def test_what_makes_results_less_comparable_is_said(name):
     one, other = ({"rows": [], name: value} for value in ("a", "b"))

@@ -107,9 +107,14 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
         if before.get(name) != after.get(name)
     ]
     not_before, not_after = refusals(before), refusals(after)
-    only = (old.keys() - new.keys() - not_after.keys(), "before"), (new.keys() - old.keys() - not_before.keys(), "after")
+    only = (
+        (old.keys() - new.keys() - not_after.keys(), "before"),
+        (new.keys() - old.keys() - not_before.keys(), "after"),
+    )
     caveats += [f"only {where}: {size} {name}" for keys, where in only for size, name in sorted(keys)]
-    caveats += [f"refused after: {' '.join(key)}: {why}" for key, why in not_after.items() if key in old.keys() - not_before]
+    caveats += [
+        f"refused after: {' '.join(key)}: {why}" for key, why in not_after.items() if key in old.keys() - not_before
+    ]
     both = [key for key in old if key in new]
     if few := [" ".join(key) for key in both if min(len(samples_of(rows[key])) for rows in (old, new)) < FEW]:
         caveats.append(f"times are not judged, for which {FEW} samples a side are needed: {'; '.join(few)}")
@@ -149,7 +154,9 @@ def changes_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
         yield change("seconds", "")
         yield change("ratio", time_verdict(old, new, old["ratios"], new["ratios"], "ratio", more_is_better=True))
     else:
-        yield change("seconds", time_verdict(old, new, samples_of(old), samples_of(new), "seconds", more_is_better=False))
+        yield change(
+            "seconds", time_verdict(old, new, samples_of(old), samples_of(new), "seconds", more_is_better=False)
+        )
     for figure in ("host_bytes", "device_bytes"):
         if old.get(figure) and new.get(figure):
             share = new[figure] / old[figure] - 1

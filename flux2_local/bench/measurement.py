@@ -106,7 +106,9 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
     path = wanted.out or files.free_name(environment.place(record, "speed"))
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Name the JSON file to write, such as --out {path / 'speed.json'}.")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())  # the others are made with the first result
+    nearest = next(
+        folder for folder in path.absolute().parents if folder.exists()
+    )  # the others are made with the first result
     files.check_folder(nearest, 2**20, "--out")
     steps = wanted.steps or checkpoint.preset.recipe("standard").steps
     subjects = [Subject(wanted.model, hardware.device, width, height, steps) for width, height in wanted.sizes]

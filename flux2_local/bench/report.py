@@ -77,7 +77,10 @@ def held(record: dict[str, Any], size: str) -> tuple[str, str]:
     """The contenders that quality and speed are held against at a size."""
     if found := record.get("held_against", {}).get(size):
         return found["quality"], found["speed"]
-    return first_of([r["name"] for r in record["rows"] if r["size"] == size and r["psnr"] is not None]) or (REFERENCE, BASE)
+    return first_of([r["name"] for r in record["rows"] if r["size"] == size and r["psnr"] is not None]) or (
+        REFERENCE,
+        BASE,
+    )
 
 
 def references(record: dict[str, Any]) -> tuple[str, str]:

@@ -184,8 +184,9 @@ def row(
 
 def likened(row: Row) -> Row:
     """The row without the figures of likeness where its contender starts from other noise."""
-    nothing = {"psnr": None, "ssim": None, "gmsd": None, "differ": None, "differ_more": None}
-    return replace(row, **nothing) if starts_elsewhere(row) else row
+    if not starts_elsewhere(row):
+        return row
+    return replace(row, psnr=None, ssim=None, gmsd=None, differ=None, differ_more=None)
 
 
 def starts_elsewhere(row: Row) -> bool:
@@ -312,8 +313,8 @@ def ratio(row: Row) -> str:
 READING = (
     "Of products: FLOPs that were computed, those of skipped steps left out, of what matrix products of the same type reach here; "
     "≤ where a result does not say what was skipped. Of copies: bytes that the linear layers of denoising must move, of what a "
-    "copy reaches; of ours, which tell the seconds of denoising. Both are left out of quantized weights. Adherence: in brackets the points more than the exact tier in the "
-    "same things, ± the standard error."
+    "copy reaches; of ours, which tell the seconds of denoising. Of quantized weights there is neither. Adherence: in brackets the "
+    "points more than the exact tier in the same things, ± the standard error."
 )
 
 

@@ -74,7 +74,9 @@ def test_dry_run_of_the_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("card", "model"), [("h200", "dev"), ("rtx-4090", "klein-4b"), ("none", None)])
-def test_the_models_parts_fit_the_card(card: str, model: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_models_parts_fit_the_card(
+    card: str, model: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     found = replace(hardware.from_preset("rtx-4090"), free=2**33) if model is None else hardware.from_preset(card)
     commands: list[list[str]] = []
 
