@@ -3,7 +3,7 @@
 # make check               formatting, lint, types
 # make bench               speed against diffusers on this machine, with the quality it costs
 # make bench-suites        times operations, blocks, steps, stages, pictures and cold starts one by one
-# make gpu                 kernels, tiers and memory budgets of FLUX.2 dev on this machine's NVIDIA card
+# make gpu                 kernels, then tiers, memory budgets and steps of FLUX.2 at full size on this machine's NVIDIA card
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -28,6 +28,10 @@ $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.test
 
+$(VENV)/.bench: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	$(PIP) --editable '.[test,bench]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
+
 demo: $(VENV)/.demo
 	$(BIN)/flux2-local "$(PROMPT)"
 
@@ -40,13 +44,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed
 
-bench-suites: $(VENV)/.test
+bench-suites: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks/suites --benchmark-columns=median,iqr,rounds
 
-gpu: $(VENV)/.test
+gpu: $(VENV)/.bench
 	$(BIN)/python scripts/gpu.py
 
 clean:

@@ -40,7 +40,7 @@ from flux2_local.bench import environment, peers
 from flux2_local.bench.subject import Subject
 from flux2_local.bench.worker import peak_resident
 from flux2_local.candidates import HOST_RESERVE, SYSTEM_RESERVE
-from flux2_local.errors import Flux2Error, OutputError
+from flux2_local.errors import BackendUnavailableError, Flux2Error, OutputError, RequestError
 from flux2_local.hardware import Hardware, probe
 from flux2_local.presets import parse_bytes, show_bytes
 from flux2_local.progress import Progress
@@ -285,6 +285,26 @@ def cases(budgets: Sequence[int], contenders: Sequence[str]) -> list[tuple[int, 
     return [(b, c) for b, c in itertools.product(budgets, contenders) if c != FILES or b == min(budgets)]
 
 
+def asked(texts: Sequence[str] | None, hardware: Hardware) -> list[int]:
+    """The budgets that are named, or those of :data:`BUDGETS` that the card has; 0 where there is no card.
+
+    Raises:
+        RequestError: one that is named is more than the card has.
+        BackendUnavailableError: the card has less than the smallest.
+    """
+    if hardware.kind != "cuda":
+        return [0]
+    wanted, memory = [parse_bytes(text) for text in texts or BUDGETS], show_bytes(hardware.memory)
+    large = [budget for budget in wanted if budget > hardware.memory]
+    if texts and large:
+        raise RequestError(f"{hardware.name} has {memory}, less than {show_bytes(large[0])}. Name less with --budget.")
+    if wanted == large:
+        raise BackendUnavailableError(f"{hardware.name} has {memory}. Name budgets below that with --budget.")
+    if large:
+        print(f"left out, since {hardware.name} has {memory}: {', '.join(map(show_bytes, large))}")
+    return [budget for budget in wanted if budget not in large]
+
+
 def main() -> None:
     parser = tiers.options("budgets", __doc__)
     parser.add_argument("--budget", action="append", help=f"device memory; may be given again ({', '.join(BUDGETS)})")
@@ -295,7 +315,7 @@ def main() -> None:
         print(json.dumps(work(Case(**json.loads(args.case)))))
         return
     hardware, (width, height) = probe(args.device), args.size
-    budgets: Sequence[int] = [parse_bytes(text) for text in args.budget or BUDGETS] if hardware.kind == "cuda" else [0]
+    budgets = asked(args.budget, hardware)
     record = environment.record(hardware.device)
     record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rows": []}
     for budget, contender in cases(budgets, args.contender or list(CONTENDERS)):

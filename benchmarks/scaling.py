@@ -175,20 +175,23 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def chosen(names: Sequence[str] | None, hardware: Hardware) -> list[list[Point]]:
-    """The points to measure, those together that take turns: the family's, or each full-size model's (on a card every one's).
+    """The points to measure, those together that take turns: each model's that is named, at full size; else on a card every one's
+    that fits; the family's where that leaves none.
 
     Raises:
-        BackendUnavailableError: a model does not fit into the device's memory.
+        BackendUnavailableError: a model that is named does not fit into the device's memory.
     """
-    names = names or (["klein-4b", "klein-9b", "dev"] if hardware.kind == "cuda" else [])
-    for name in names:
+    fitting = []
+    for name in names or (synthetic.FULL[::-1] if hardware.kind == "cuda" else ()):
         need = 2 * costs.parameters(family_architecture(models()[name]))["transformer"]
-        if need > 0.9 * hardware.free:
-            raise BackendUnavailableError(
-                f"{name} takes {show_bytes(need)} in 16 bit and {show_bytes(hardware.free)} are free on {hardware.device}. "
-                "Name smaller ones with --model."
-            )
-    return [list(full(name)) for name in names] or [list(family())]
+        if need <= 0.9 * hardware.free:
+            fitting.append(name)
+            continue
+        why = f"{name} takes {show_bytes(need)} in 16 bit and {show_bytes(hardware.free)} are free on {hardware.device}"
+        if names:
+            raise BackendUnavailableError(f"{why}. Name smaller ones with --model.")
+        print(f"left out: {why}")
+    return [list(full(name)) for name in fitting] or [list(family())]
 
 
 def main() -> None:

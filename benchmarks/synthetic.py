@@ -113,6 +113,9 @@ def fast(device: torch.device, config: TransformerConfig) -> tuple[torch.dtype, 
 SIZES = (*families(), "tiny")
 """Models whose folders :func:`folder` makes; the bundled one's size is for trying things out."""
 
+FULL = ("dev", "klein-9b", "klein-4b")
+"""Published models, the largest first."""
+
 
 def folder(size: str, path: Path) -> Path:
     """A model's folder with all that a few hundred megabytes hold: everything but the weights of its two large networks."""

@@ -38,6 +38,7 @@ from flux2_local.cache import Course, watched
 from flux2_local.cli.options import parse_size
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, Flux2Error
+from flux2_local.explore import family_architecture
 from flux2_local.files import cache_folder
 from flux2_local.hardware import Hardware, probe
 from flux2_local.latents import image_positions, noise, pack, text_positions
@@ -47,7 +48,7 @@ from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
 from flux2_local.plan import Plan
-from flux2_local.presets import show_bytes
+from flux2_local.presets import models, show_bytes
 from flux2_local.quant.convert import convert
 from flux2_local.quant.recipe import Recipe
 from flux2_local.request import ACCELERATIONS, Acceleration, make_request
@@ -282,19 +283,33 @@ def prepare(folder: Path, hardware: Hardware, width: int, height: int, steps: in
     return Bench(checkpoint, hardware, Work(width, height, steps), net.state_dict())
 
 
-def check_memory(folder: Path, hardware: Hardware) -> None:
-    """Make sure that the weights and a quantized copy fit at once.
+def check_memory(name: str, arch: costs.Architecture, hardware: Hardware) -> None:
+    """Make sure that a model's weights and a quantized copy fit at once.
 
     Raises:
         BackendUnavailableError: they do not.
     """
-    arch, dtype = load.architecture(find(folder, "standard")), hardware.fast_dtypes[0]
-    need = 2 * costs.parameters(arch)["transformer"] * DTYPES[dtype].itemsize
+    need = 2 * costs.parameters(arch)["transformer"] * DTYPES[hardware.fast_dtypes[0]].itemsize
     if need > hardware.free:
         raise BackendUnavailableError(
-            f"{folder.name}'s transformer, a copy of 8 bits and what making it takes are {show_bytes(need)}, and "
+            f"{name}'s transformer, a copy of 8 bits and what making it takes are {show_bytes(need)}, and "
             f"{show_bytes(hardware.free)} are free on {hardware.device}. Name a smaller model with --model."
         )
+
+
+def largest(hardware: Hardware) -> str:
+    """The largest of :data:`.synthetic.FULL` that fits (:func:`check_memory`).
+
+    Raises:
+        BackendUnavailableError: none does; of the smallest.
+    """
+    for name in synthetic.FULL:
+        try:
+            check_memory(name, family_architecture(models()[name]), hardware)
+            return name
+        except BackendUnavailableError as error:
+            refused = error
+    raise refused
 
 
 @dataclass
@@ -469,7 +484,7 @@ def main() -> None:
     hardware, (width, height) = probe(args.device), args.size
     with tempfile.TemporaryDirectory() as scratch:
         folder = synthetic.folder(args.model, Path(scratch) / args.model)
-        check_memory(folder, hardware)
+        check_memory(args.model, load.architecture(find(folder, "standard")), hardware)
         bench = prepare(folder, hardware, width, height, args.steps, torch.device(hardware.device))
         measured = rates.measure(hardware.device, {"float32", bench.dtype}, seconds=0.5)
         outcome = measure(bench, args.only or names, args.rounds)

@@ -1,4 +1,4 @@
-"""Everything that only an NVIDIA card can tell: kernels, then tiers and memory budgets of FLUX.2 dev at full size.
+"""Everything that only an NVIDIA card can tell: kernels, then FLUX.2 at full size: tiers, memory budgets, how steps scale.
 
     make gpu                                  # or: python scripts/gpu.py
     python scripts/gpu.py --part kernels      # one part; may be given again
@@ -10,7 +10,9 @@ First correctness: every op, implementation and format against float64, in CUDA 
 compute-sanitizer where it is installed. Then the card's own rates (copy, matmuls), and each op at dev's and klein's shapes:
 our time beside torch op by op, inductor and the best library. Results go to benchmarks/results/ as a CSV and a JSON record of
 the environment; the last line printed is that record. Tiers (benchmarks/tiers.py) and budgets (benchmarks/budgets.py) beside
-diffusers follow, on random weights that are drawn on the card. Exits with 1 if a check failed or a part did not run.
+diffusers follow, of the largest model that the card holds twice, dev on one of 141 GB, and steps of every one that it holds
+(benchmarks/scaling.py), on random weights that are drawn on the card. A part for which the card is too small is left out, and
+that is said. Exits with 1 if a check or a part failed.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS = ("kernels", "tiers", "budgets")
+PARTS = ("kernels", "tiers", "budgets", "scaling")
 SMALL = ("--model", "tiny", "--device", "cpu", "--size", "512x512", "--steps", "4")
 QUICK = {
-    "tiers": ("--only", "none", "--only", "high, int8"),
-    "budgets": ("--contender", "flux2-local", "--contender", "diffusers, group offload"),
+    "tiers": (*SMALL, "--only", "none", "--only", "high, int8"),
+    "budgets": (*SMALL, "--contender", "flux2-local", "--contender", "diffusers, group offload"),
+    "scaling": ("--device", "cpu", "--rounds", "1"),
 }
-"""Of the models' parts in a dry run, and of each of them."""
+"""Options of the models' parts in a dry run."""
 
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -271,8 +274,34 @@ def kernels(run: Run) -> bool:
     return not failed and not record["sanitizer"].startswith("failed")
 
 
+def extent(run: Run, part: str) -> tuple[str, ...]:
+    """The options of a part on whole models: of how large a model it is.
+
+    Raises:
+        BackendUnavailableError: the card holds none.
+    """
+    if run.dry:
+        return QUICK[part]
+    if part == "scaling":  # it takes every one that fits
+        return "--device", str(run.device)
+    import torch
+
+    from benchmarks.tiers import largest
+    from flux2_local.hardware import probe
+
+    torch.cuda.empty_cache()  # of the kernels' part
+    return "--device", str(run.device), "--model", largest(probe(str(run.device)))
+
+
 def models(run: Run, part: str) -> bool:
-    """One of the parts on whole models, in a process of its own, which leaves the card empty; whether it ran."""
+    """One of the parts on whole models, in a process of its own, which leaves the card empty; whether all is well."""
+    from flux2_local.errors import BackendUnavailableError
+
+    try:
+        options = extent(run, part)
+    except BackendUnavailableError as error:
+        print(f"{part} left out: {error}", flush=True)
+        return True
     command = [
         sys.executable,
         "-m",
@@ -283,10 +312,7 @@ def models(run: Run, part: str) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-    return (
-        subprocess.run([*command, *((*SMALL, *QUICK[part]) if run.dry else ())], cwd=ROOT, env=environment).returncode
-        == 0
-    )
+    return subprocess.run([*command, *options], cwd=ROOT, env=environment).returncode == 0
 
 
 def main() -> int:

@@ -101,7 +101,28 @@ def test_tiers_are_held_to_their_aims():
 def test_tiers_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_path):
     folder = synthetic.folder("tiny", tmp_path / "tiny")
     with pytest.raises(BackendUnavailableError, match="smaller model"):
-        tiers.check_memory(folder, replace(probe("cpu"), free=2**20))
+        tiers.check_memory("tiny", load.architecture(find(folder, "standard")), replace(probe("cpu"), free=2**20))
+
+
+@pytest.mark.parametrize(("card", "model"), [("h200", "dev"), ("h100", "klein-9b"), ("rtx-4090", "klein-4b")])
+def test_the_largest_model_that_a_card_holds_is_taken(card, model):
+    assert tiers.largest(from_preset(card)) == model
+
+
+def test_a_card_that_holds_none_says_so():
+    with pytest.raises(BackendUnavailableError, match="klein-4b's transformer"):
+        tiers.largest(replace(from_preset("rtx-4090"), free=2**33))
+
+
+def test_budgets_beyond_the_card_are_left_out(capsys):
+    card = from_preset("rtx-4090")
+    assert budgets.asked(None, card) == [10**9 * gb for gb in (24, 16, 12, 8)]
+    assert "left out" in capsys.readouterr().out
+    assert budgets.asked(["12GB"], card) == [12 * 10**9] and budgets.asked(None, probe("cpu")) == [0]
+    with pytest.raises(RequestError, match="--budget"):
+        budgets.asked(["80GB", "12GB"], card)
+    with pytest.raises(BackendUnavailableError, match="--budget"):
+        budgets.asked(None, replace(card, memory=2**32))
 
 
 @pytest.mark.parametrize("contender", budgets.CONTENDERS)

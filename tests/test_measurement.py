@@ -17,6 +17,7 @@ from test_bench import made_up
 
 from flux2_local.bench import compare, contenders, measurement, report, results, runner
 from flux2_local.bench.measurement import Wanted, measure
+from flux2_local.bench.metrics import SAME
 from flux2_local.bench.runner import Rules
 from flux2_local.errors import OutputError
 
@@ -63,7 +64,8 @@ def test_every_round_is_in_the_file_when_it_ends(tmp_path, log):
     record, rows = read(path)
     assert record["rounds_done"] == {"512×512": 2} and not record["apart"]
     assert record["held_against"] == {"512×512": {"quality": "quick", "speed": "quick"}}
-    assert rows["steady"]["psnr"] == 99 and len(rows["steady"]["ratios"]) == 2 and rows["steady"]["host_bytes"] > 2**20
+    assert rows["steady"]["psnr"] == SAME and rows["steady"]["differ"] == 0
+    assert len(rows["steady"]["ratios"]) == 2 and rows["steady"]["host_bytes"] > 2**20
 
 
 def test_apart_one_process_ends_before_the_next_begins(tmp_path, log):
@@ -127,6 +129,27 @@ def test_the_first_picture_is_short_where_nothing_is_compiled(tmp_path, log):
     assert drawn[4:6] == ["quick draws 0 in 2", "compiling draws 0 in 2"]
 
 
+def test_a_folder_is_made_with_the_first_result(tmp_path, log):
+    path = tmp_path / "new" / "deep" / "result.json"
+
+    def interrupted(line):
+        raise KeyboardInterrupt
+
+    assert run(path, ["quick"], Rules(1), interrupted).stopped
+    assert not (tmp_path / "new").exists()
+    run(path, ["quick"], Rules(1))
+    assert path.exists()
+    with pytest.raises(OutputError, match=r"a file has that name.*--out"):
+        run(path / "below" / "result.json", ["quick"], Rules(1))
+
+
+def test_the_result_calls_the_model_by_its_label(tmp_path, log):
+    wanted = Wanted("tiny", [(512, 512)], [FAKES["quick"]], Rules(1), steps=4, device="cpu", label="a small one")
+    measure(replace(wanted, out=tmp_path / "a.json"), print)
+    measure(replace(wanted, out=tmp_path / "b.json", label=None), print)
+    assert [read(tmp_path / name)[0]["model"] for name in ("a.json", "b.json")] == ["a small one", "tiny"]
+
+
 def test_a_folder_is_no_result(tmp_path, log):
     with pytest.raises(OutputError, match=r"is a folder.*--out"):
         run(tmp_path, ["quick"], Rules(1))
@@ -168,11 +191,13 @@ def test_a_bound_is_no_change_by_itself():
     def row(**more):
         return {**vars(made_up("flash", "ours", 1.0, None)), **more}
 
-    bound = row(seconds=10.0, samples=[10.0], limit=10.0, more_than=True, ratios=[])
+    bound = row(seconds=10.0, slowest=10.0, samples=[10.0], limit=10.0, more_than=True, ratios=[])
+    stopped = {"rows": [bound], "refused": {bound["size"]: {"flash": "more than 10 s"}}}
     for other, forth, back in ((5.0, "worse", "better"), (20.0, "", "")):
-        plain = row(seconds=other, samples=[other], ratios=[])
-        (change, *_), (returned, *_) = compare.changes_of(plain, bound), compare.changes_of(bound, plain)
-        assert (change.verdict, returned.verdict) == (forth, back)
+        plain = {"rows": [row(seconds=other, slowest=other, samples=[other], ratios=[])], "refused": {}}
+        found, returned = compare.compare(plain, stopped).changes, compare.compare(stopped, plain).changes
+        assert (found[0].figure, found[0].verdict, returned[0].verdict) == ("pictures", forth, back)
+        assert not any(change.verdict for change in (*found[1:], *returned[1:]))
 
 
 def test_a_median_is_a_bound_where_it_falls_on_one(log):

@@ -63,7 +63,15 @@ def test_full_size_models_are_refused_where_they_do_not_fit():
     card = from_preset("rtx-4090")
     assert [group[0].sweep for group in scaling.chosen(["klein-4b", "klein-9b"], card)] == ["klein-4b", "klein-9b"]
     with pytest.raises(BackendUnavailableError, match="dev takes 60"):
-        scaling.chosen(None, card)
+        scaling.chosen(["dev"], card)
+
+
+def test_where_none_is_named_those_are_measured_that_fit(capsys):
+    card = from_preset("rtx-4090")
+    assert [group[0].sweep for group in scaling.chosen(None, card)] == ["klein-4b", "klein-9b"]
+    assert "left out: dev takes 60" in capsys.readouterr().out
+    (group,) = scaling.chosen(None, replace(card, free=2**30))
+    assert {point.sweep for point in group} == {"tokens", "width", "depth"}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("scaling-*.json")), ids=lambda path: path.name)

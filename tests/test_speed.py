@@ -1,5 +1,7 @@
 """``benchmarks/speed.py``: adherence in a result; and the README's table of ratios."""
 
+import shlex
+
 import numpy as np
 import pytest
 from test_bench import made_up, row
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import judge, speed
 from flux2_local.bench import compare, report, results, runner
+from flux2_local.bench.contenders import select
 from flux2_local.bench.environment import RESULTS, ROOT
 from flux2_local.bench.subject import PROMPTS, Judged
 from flux2_local.cli import app
@@ -70,6 +73,22 @@ def test_the_readmes_ratios_are_those_of_the_newest_result():
     newest = max(RESULTS.glob("speed-*.json"), key=lambda path: compare.read(path)["date"])
     written = (ROOT / "README.md").read_text("utf-8").split(report.BEGIN)[1].split(report.END)[0]
     assert written == report.ratios(compare.read(newest), newest.relative_to(ROOT).as_posix())
+
+
+def test_the_readmes_command_is_the_one_that_wrote_its_result():
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", "")
+    (line,) = (line for line in readme.splitlines() if line.startswith("flux2-local bench --model build/klein-4b"))
+    words = shlex.split(line)[2:]
+    asked = list(zip(words[::2], words[1::2], strict=True))
+    options = dict(asked)
+    record = compare.read(ROOT / options["--out"])
+    assert record["model"] == options["--label"] and options["--out"] in readme.replace(line, "")
+    facts = {"--steps": record["steps"], "--rounds": record["rounds"], "--limit": record["limit"]}
+    assert {name: float(options[name]) for name in facts} == facts
+    only = [value for name, value in asked if name == "--only"]
+    ran = {row["name"] for row in record["rows"]}.union(*record["refused"].values())
+    assert ran == {contender.name for contender in select(only)}
+    assert {row["size"] for row in record["rows"]} == {options["--size"].replace("x", "×")}
 
 
 def test_ratios_replace_what_stands_between_the_markers(tmp_path):

@@ -37,16 +37,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def timed(benchmark: Any, device: torch.device) -> Callable[[Callable[[], Any]], Any]:
-    """Measures a call, one warm-up left out, until the device has finished; answers with the call's own result."""
+def timed(benchmark: Any, device: torch.device) -> Callable[..., Any]:
+    """Measures a call so many rounds, one warm-up left out, until the device has finished; answers with the call's own result."""
 
-    def measure(call: Callable[[], Any]) -> Any:
+    def measure(call: Callable[[], Any], rounds: int = ROUNDS) -> Any:
         def whole() -> Any:
             result = call()
             synchronize(device)
             return result
 
-        return benchmark.pedantic(whole, rounds=ROUNDS, warmup_rounds=1)
+        return benchmark.pedantic(whole, rounds=rounds, warmup_rounds=1)
 
     return measure
 

@@ -1,10 +1,12 @@
 """Two results side by side: what changed beyond noise.
 
-A time has changed beyond noise where the two runs' samples do not overlap at all (with five rounds each, chance does that to
-unchanged code once in 126 times) and the medians are more than 3 % apart. The ratio to diffusers within the same round is held
-to the same rule, and is what counts where the machine itself was slower. Memory has changed from 5 % on, PSNR from 0.1 dB on:
-the same seeds give the same pictures. Adherence is a share of so and so many things, and has changed where the two shares are
-more than two standard errors of their difference apart. One that was stopped at a limit took more than its seconds say.
+Speed is judged by the ratio to diffusers within the same round, which stays where the machine as a whole was slower or faster; by
+seconds only where a side has no ratio, and never where a side has fewer than :data:`FEW` samples. It has changed beyond noise
+where the two runs' samples do not overlap at all (chance does that to unchanged code once in 35 times with four rounds each, once
+in 126 with five) and the medians are more than 3 % apart. Memory has changed from 5 % on, PSNR from 0.1 dB on: the same seeds
+give the same pictures. Adherence is a share of so and so many things, and has changed where the two shares are more than two
+standard errors of their difference apart. One that was stopped at a limit took more than its seconds say. One that ran to the end
+and then was refused, failed or was stopped is worse, and the other way round better.
 """
 
 from __future__ import annotations
@@ -18,12 +20,25 @@ from typing import Any
 
 from ..errors import RequestError
 from ..files import reason
+from .environment import DRIVER, PACKAGES
+from .metrics import SAME
 
 TIME, MEMORY, QUALITY = 0.03, 0.05, 0.1
 """Smallest changes that are reported: shares of the old value, and dB."""
 
-SAME_MACHINE = ("device", "card", "torch", "diffusers", "model", "steps", "rounds", "rounds_done", "prompts")
+FEW = 4
+"""Samples below which nothing is said of a time: those of unchanged code do not overlap too often."""
+
+SAME_MACHINE = (
+    "device", "instructions", "threads", "card", "cuda", DRIVER, *(name for name in PACKAGES if name != "flux2-local"), "python",
+    "model", "steps", "rounds", "rounds_done", "apart", "limit", "held_against", "prompts",
+)  # fmt: skip
 """What two results should agree in to be comparable."""
+
+Key = tuple[str, str]
+Rows = dict[Key, dict[str, Any]]
+Reasons = dict[Key, str]
+"""By size and contender."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Comparison:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result.
+    """A result; pictures that equal the reference's have today's PSNR of such, whatever it was when they were measured.
 
     Raises:
         RequestError: the file is none.
@@ -76,6 +91,9 @@ def read(path: Path) -> dict[str, Any]:
         raise RequestError(
             f"{path} cannot be read as a result of `flux2-local bench`: {reason(error)}. Name the JSON file that it wrote."
         ) from None
+    for row in rows:
+        if row.get("differ") == 0:
+            row["psnr"] = SAME
     done = {row["size"]: record.get("rounds") for row in rows}  # runs that were not stopped, before it was kept
     return {"rounds_done": done, **record}
 
@@ -88,10 +106,42 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
         for name in SAME_MACHINE
         if before.get(name) != after.get(name)
     ]
-    for keys, where in ((old.keys() - new.keys(), "before"), (new.keys() - old.keys(), "after")):
-        caveats += [f"only {where}: {size} {name}" for size, name in sorted(keys)]
-    changes = tuple(change for key, row in old.items() if key in new for change in changes_of(row, new[key]))
-    return Comparison(changes, tuple(caveats))
+    not_before, not_after = refusals(before), refusals(after)
+    only = (
+        (old.keys() - new.keys() - not_after.keys(), "before"),
+        (new.keys() - old.keys() - not_before.keys(), "after"),
+    )
+    caveats += [f"only {where}: {size} {name}" for keys, where in only for size, name in sorted(keys)]
+    caveats += [
+        f"refused after: {' '.join(key)}: {why}" for key, why in not_after.items() if key in old.keys() - not_before
+    ]
+    both = [key for key in old if key in new]
+    if few := [" ".join(key) for key in both if min(len(samples_of(rows[key])) for rows in (old, new)) < FEW]:
+        caveats.append(f"times are not judged, for which {FEW} samples a side are needed: {'; '.join(few)}")
+    changes = [end for key in {**old, **new} for end in ends(key, old, new, not_before, not_after)]
+    changes += [change for key in both for change in changes_of(old[key], new[key])]
+    return Comparison(tuple(changes), tuple(caveats))
+
+
+def refusals(record: dict[str, Any]) -> Reasons:
+    """Why contenders did not run, or not to the end, by size and name."""
+    return {(size, name): why for size, whys in record.get("refused", {}).items() for name, why in whys.items()}
+
+
+def ends(key: Key, old: Rows, new: Rows, not_before: Reasons, not_after: Reasons) -> Iterator[Change]:
+    """The pictures that contender ``key`` finished, where it ran to the end on one side and was refused on the other."""
+    if (key in not_before) == (key in not_after) or key not in (new if key in not_before else old):
+        return
+    ended, other, verdict = (new, old, "better") if key in not_before else (old, new, "worse")
+    limit = other.get(key, {}).get("limit")
+    if limit is not None and limit <= ended[key]["slowest"]:  # it would have been stopped on the other side too
+        verdict = ""
+    yield Change(*key, "pictures", pictures(old.get(key)), pictures(new.get(key)), verdict)
+
+
+def pictures(row: dict[str, Any] | None) -> int:
+    """How many a contender finished."""
+    return 0 if row is None else len(samples_of(row)) - (row.get("limit") is not None)
 
 
 def changes_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
@@ -100,9 +150,13 @@ def changes_of(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
     def change(figure: str, verdict: str) -> Change:
         return Change(old["size"], old["name"], figure, old[figure], new[figure], verdict)
 
-    yield change("seconds", time_verdict(old, new, samples_of(old), samples_of(new), "seconds", more_is_better=False))
     if old.get("ratios") and new.get("ratios"):
+        yield change("seconds", "")
         yield change("ratio", time_verdict(old, new, old["ratios"], new["ratios"], "ratio", more_is_better=True))
+    else:
+        yield change(
+            "seconds", time_verdict(old, new, samples_of(old), samples_of(new), "seconds", more_is_better=False)
+        )
     for figure in ("host_bytes", "device_bytes"):
         if old.get(figure) and new.get(figure):
             share = new[figure] / old[figure] - 1
@@ -136,6 +190,8 @@ def time_verdict(
     more_is_better: bool,
 ) -> str:
     """ "better", "worse" or "" by the module's rule."""
+    if min(len(before), len(after)) < FEW:
+        return ""
     above, below = min(after) > max(before), max(after) < min(before)
     if not (above or below) or abs(new[figure] / old[figure] - 1) < TIME:
         return ""

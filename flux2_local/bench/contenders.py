@@ -32,6 +32,7 @@ class Contender:
         needs: distributions it needs.
         why_kinds: why it needs these devices, where it does.
         usual: whether it is measured where none is named.
+        other_noise: it starts from noise of its own, so that its pictures are others and no measure of likeness says anything.
         change: what makes the stock pipeline it, where that is how it is built.
     """
 
@@ -43,6 +44,7 @@ class Contender:
     needs: tuple[str, ...] = ()
     why_kinds: str = ""
     usual: bool = True
+    other_noise: bool = False
     change: peers.Change | None = None
 
     def obstacle(self, subject: Subject) -> str | None:
@@ -75,14 +77,15 @@ def ours(subject: Subject, variant: str, acceleration: str, **wishes: Any) -> Lo
         with watched() as courses:
             (result,) = flux._work([run])
         stages = {k: v for k, v in result.timings.to_dict().items() if v and k not in ("inference", "total")}
-        return np.asarray(result.images[0].image), Told(stages, blocks_skipped(courses, blocks))
+        choices = {choice.what: choice.value for choice in run.plan.choices}
+        return np.asarray(result.images[0].image), Told(stages, blocks_skipped(courses, blocks), choices)
 
     plan, config = flux.plan, load.architecture(flux.checkpoint).transformer
     blocks = config.num_layers, config.num_single_layers
     steps = fields.get("num_inference_steps") or flux.checkpoint.preset.recipe(flux.settings.variant).steps
-    choices = {choice.what: choice.value for choice in plan.choices}
-    facts = {"dtype": plan.dtype, "steps": steps, "compiles": plan.compile != "off", "plan": choices}
-    return Loaded(draw, facts)
+    held = plan.transformer.format
+    facts = {"dtype": plan.dtype, "steps": steps, "compiles": plan.compile != "off"}
+    return Loaded(draw, facts | {"products": plan.dtype if held in load.DTYPES else held})
 
 
 def blocks_skipped(courses: Sequence[Course], blocks: tuple[int, int]) -> tuple[int, int]:
@@ -141,7 +144,7 @@ CONTENDERS: dict[str, Contender] = {
         theirs("torchao fp8", "fp8 dynamic activations and weights per row, compiled", peers.torchao_fp8, kinds=("cuda",),
                needs=("torchao",), why_kinds="torchao multiplies in fp8 on cards of compute capability 8.9 and newer"),
         Contender("stable-diffusion.cpp", "peer", "q8_0 weights; its own noise and rounding", peers.stable_diffusion_cpp, ("cpu",),
-                  ("stable-diffusion-cpp-python",), "it is measured where it is at home"),
+                  ("stable-diffusion-cpp-python",), "it is measured where it is at home", other_noise=True),
         theirs("diffusers, model offload", "16 bit, enable_model_cpu_offload", peers.model_offload, **OFFLOAD),
         theirs("diffusers, sequential offload", "16 bit, enable_sequential_cpu_offload", peers.sequential_offload, **OFFLOAD),
         theirs("diffusers, group offload", "16 bit, block-level groups prefetched on a stream", peers.group_offload, **OFFLOAD),

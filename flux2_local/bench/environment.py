@@ -21,8 +21,14 @@ RESULTS = ROOT / "benchmarks" / "results" if CHECKOUT else Path()
 
 PACKAGES = (
     "flux2-local", "torch", "diffusers", "transformers", "triton", "torchao", "optimum-quanto", "xformers", "cache-dit",
-    "safetensors",
+    "safetensors", "accelerate", "numpy", "stable-diffusion-cpp-python",
 )  # fmt: skip
+
+INSTRUCTIONS = ("avx", "amx", "fma", "asimd", "bf16", "i8mm", "sve")
+"""How the names of those instruction sets begin that matrix products may use, on x86 and on Arm."""
+
+DRIVER = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+"""What nvidia-smi is asked about a card."""
 
 
 def said(*command: str) -> str:
@@ -49,8 +55,20 @@ def software() -> Iterator[tuple[str, Any]]:
 
 
 def record(device: str = "cpu") -> dict[str, Any]:
-    """Software, processor, and the card where ``device`` is one."""
-    return dict(software()) | {"device": processor()} | (dict(card(device)) if device.startswith("cuda") else {})
+    """Software, the host, and the card where ``device`` is one."""
+    return dict(software()) | dict(host()) | (dict(card(device)) if device.startswith("cuda") else {})
+
+
+def host() -> Iterator[tuple[str, Any]]:
+    """The processor with its instruction sets for arithmetic, the threads that torch takes, and the memory in all, bytes."""
+    import torch
+
+    from ..hardware import cpu_flags, host_memory
+
+    yield "device", processor()
+    yield "instructions", " ".join(sorted(flag for flag in cpu_flags() if flag.startswith(INSTRUCTIONS)))
+    yield "threads", torch.get_num_threads()
+    yield "ram", host_memory()[1]
 
 
 def card(device: str) -> Iterator[tuple[str, Any]]:
@@ -61,8 +79,7 @@ def card(device: str) -> Iterator[tuple[str, Any]]:
     yield "card", properties.name
     yield "card_bytes", properties.total_memory
     yield "cuda", torch.version.cuda
-    query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
-    yield query, said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    yield DRIVER, said("nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader")
 
 
 def place(figures: dict[str, Any], kind: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import costs, files, load, rates, store
 from ..errors import OutputError, RequestError
-from ..hardware import probe
+from ..hardware import Hardware, probe
 from . import environment, results, runner
 from .contenders import CONTENDERS, Contender
 from .subject import PROMPTS, Judged, Subject
@@ -29,6 +29,7 @@ class Wanted:
         device: torch's name of it; the best there is where None.
         out: the JSON file; a new one in :data:`.environment.RESULTS` where None.
         judged: prompts and their judge, for the bundled model.
+        label: what the result calls the model; ``model`` where None.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Wanted:
     device: str | None = None
     out: Path | None = None
     judged: Judged | None = None
+    label: str | None = None
 
 
 @dataclass
@@ -104,15 +106,18 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
     path = wanted.out or files.free_name(environment.place(record, "speed"))
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Name the JSON file to write, such as --out {path / 'speed.json'}.")
-    files.check_folder(path.absolute().parent, 2**20, "--out")
+    nearest = next(
+        folder for folder in path.absolute().parents if folder.exists()
+    )  # the others are made with the first result
+    files.check_folder(nearest, 2**20, "--out")
     steps = wanted.steps or checkpoint.preset.recipe("standard").steps
     subjects = [Subject(wanted.model, hardware.device, width, height, steps) for width, height in wanted.sizes]
     rules = wanted.rules
     if rules.apart is None:
         rules = replace(rules, apart=not fit_together(wanted.contenders, subjects[0]))
     prompts = PROMPTS if wanted.judged is None else wanted.judged.prompts
-    reached = rates.measure(hardware.device, sorted({"float32", *hardware.fast_dtypes}), seconds=0.5)
-    record |= {"rates": reached, "model": wanted.model, "steps": steps, **asdict(rules)}
+    reached = rates.measure(hardware.device, products(hardware), seconds=0.5) if hardware.kind != "mps" else {}
+    record |= {"rates": reached, "model": wanted.label or wanted.model, "steps": steps, **asdict(rules)}
     record |= {"prompts": prompts[: rules.rounds], "rounds_done": {}, "held_against": {}, "rows": [], "refused": {}}
     record["not_asked"] = [name for name in CONTENDERS if name not in {c.name for c in wanted.contenders}]
     measured = Measured(record, path)
@@ -121,6 +126,12 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
         if measured.stopped:
             break
     return measured
+
+
+def products(hardware: Hardware) -> list[str]:
+    """The types that contenders multiply in: the stock pipeline and the exact tier take float32 or bfloat16, whether the device is
+    fast in it or not, and the others a fast one."""
+    return sorted({"float32", "bfloat16", *hardware.fast_dtypes})
 
 
 def fill(

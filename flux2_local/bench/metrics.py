@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-SAME = 99.0
-"""PSNR that is reported for equal pictures, dB."""
+SAME = 150.0
+"""PSNR that is reported for equal pictures, dB: more than a thousand pictures of 2048×2048 have in which one value is off by one."""
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, dB."""
-    mse = float(np.square(a.astype(np.float64) - b).mean())
-    return SAME if mse == 0 else 10 * float(np.log10(255**2 / mse))
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape, dB; :data:`SAME` for equal ones."""
+    return decibels(mse(a, b))
+
+
+def mse(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared error of two uint8 pictures of one shape."""
+    return float(np.square(a.astype(np.float64) - b).mean())
+
+
+def decibels(error: float) -> float:
+    """PSNR of a mean squared error of values from 0 to 255, dB."""
+    return SAME if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def grey(picture: np.ndarray) -> np.ndarray:

@@ -54,7 +54,8 @@ def pipeline(subject: Subject, change: Change | None = None) -> Loaded:
         return np.asarray(picture), Told(skipped=blocks_skipped(pipe.transformer))
 
     compiles = any(module._compiled_call_impl is not None for module in pipe.transformer.modules())
-    return Loaded(draw, {"dtype": dtype, "steps": subject.steps, "compiles": compiles})
+    facts = {"dtype": dtype, "steps": subject.steps, "compiles": compiles}
+    return Loaded(draw, facts | {"products": PRODUCTS.get(change, dtype)})
 
 
 def from_disk(subject: Subject, dtype: torch.dtype) -> tuple[Any, ModelPreset]:
@@ -118,6 +119,10 @@ def torchao_fp8(pipe: Any, subject: Subject) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     _quantize(pipe, subject, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+PRODUCTS: dict[Change | None, str] = {torchao_int8: "int8", torchao_fp8: "float8_e4m3fn"}
+"""What linear layers multiply in where a change has them multiply in another type than their activations'."""
 
 
 def _quantize(pipe: Any, subject: Subject, config: Any) -> None:
@@ -185,4 +190,4 @@ def stable_diffusion_cpp(subject: Subject) -> Loaded:
         (picture,) = engine.generate_image(prompt, **work, cfg_scale=1.0, seed=seed)
         return np.asarray(picture.convert("RGB")), Told()
 
-    return Loaded(draw, {"dtype": "float32", "steps": subject.steps, "compiles": False})
+    return Loaded(draw, {"dtype": "float32", "products": "q8_0", "steps": subject.steps, "compiles": False})

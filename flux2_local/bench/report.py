@@ -10,12 +10,11 @@ from typing import Any
 
 from ..errors import BackendUnavailableError, RequestError
 from ..files import replacing, write
-from .contenders import CONTENDERS
-from .metrics import SAME
-from .results import READING, Row, adherence, figure, ratio, seconds, table
+from .contenders import BASE, CONTENDERS, REFERENCE
+from .results import READING, Row, adherence, first_of, likened, likeness, ratio, seconds, starts_elsewhere, table
 
 EQUAL = 60.0
-"""Decibels at which equal pictures are drawn, whose PSNR has no bound."""
+"""Decibels at which pictures are drawn that are as near as that or nearer, up to equal ones, whose PSNR has no bound."""
 
 COLOURS = {"ours": "#2563eb", "peer": "#ea580c", "floor": "#6b7280"}
 LEGEND = {"ours": "flux2-local", "peer": "others", "floor": "rounding alone"}
@@ -35,7 +34,7 @@ def read_rows(record: dict[str, Any]) -> list[Row]:
         RequestError: the record was kept by an earlier version.
     """
     try:
-        return [Row(**row) for row in record["rows"]]
+        return [likened(Row(**row)) for row in record["rows"]]
     except TypeError as error:
         raise RequestError(
             f"The result is of an earlier layout ({error}). Measure anew with `flux2-local bench`."
@@ -53,15 +52,17 @@ def ratios(record: dict[str, Any], source: str) -> str:
         RequestError: the record was kept by an earlier version.
     """
     rows = read_rows(record)
+    quality, speed = references(record)
+    head = "size", "contender", "steps", "seconds", f"× {speed}", f"PSNR in dB to {quality}", "adherence"
     lines = [
         f"Measured, not predicted: `{record['model']}`, {record.get('card') or record['device']}, "
         f"{rounds(record)} ([{record['date'][:10]}]({source})).",
         "",
-        f"| {' | '.join(('size', 'contender', 'steps', 'seconds', '× diffusers', 'PSNR to none, dB', 'adherence'))} |",
-        "| --- " * 7 + "|",
+        f"| {' | '.join(head)} |",
+        "| --- " * len(head) + "|",
     ]
     for row in rows:
-        near = "equal" if row.psnr == SAME else figure(row.psnr, ".1f")
+        near = nearness(row, held(record, row.size)[0])
         lines.append(
             f"| {row.size} | {row.name} | {row.steps} | {seconds(row)} | {ratio(row)} | {near} | {adherence(row)} |"
         )
@@ -70,6 +71,35 @@ def ratios(record: dict[str, Any], source: str) -> str:
         lines += ["", f"The judge finds {ceilings} in drawings that show everything."]
     lines += ["", absent] if (absent := not_measured(record)) else []
     return "\n".join(lines) + "\n"
+
+
+def held(record: dict[str, Any], size: str) -> tuple[str, str]:
+    """The contenders that quality and speed are held against at a size."""
+    if found := record.get("held_against", {}).get(size):
+        return found["quality"], found["speed"]
+    return first_of([r["name"] for r in record["rows"] if r["size"] == size and r["psnr"] is not None]) or (
+        REFERENCE,
+        BASE,
+    )
+
+
+def references(record: dict[str, Any]) -> tuple[str, str]:
+    """The same in words that are true of every size."""
+    pairs = [held(record, size) for size in dict.fromkeys(row["size"] for row in record["rows"])]
+    quality, speed = ({names[i] for names in pairs} for i in (0, 1))
+    return (
+        quality.pop() if len(quality) == 1 else "the reference",
+        speed.pop() if len(speed) == 1 else "the stock pipeline",
+    )
+
+
+def nearness(row: Row, reference: str, unit: str = "") -> str:
+    """How near the pictures are to those of ``reference``, in words or dB (with ``unit`` after it); "" where none was finished."""
+    if starts_elsewhere(row):
+        return "other noise"
+    if row.name == reference:
+        return "reference"
+    return likeness(row, unit)
 
 
 def not_measured(record: dict[str, Any]) -> str:
@@ -127,7 +157,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
     sizes = list(dict.fromkeys(row.size for row in rows))
     plots = [page.with_name(f"{page.stem}-{size.replace('×', 'x')}.png") for size in sizes]
     for size, path in zip(sizes, plots, strict=True):
-        plot([row for row in rows if row.size == size], path)
+        plot([row for row in rows if row.size == size], path, held(record, size)[0])
     lines = [
         f"# {record['model']}, {record['steps']} steps, {rounds(record)}",
         "",
@@ -135,7 +165,7 @@ def report(record: dict[str, Any], page: Path) -> list[Path]:
         "",
     ]
     lines += [f"![Seconds against PSNR at {size}]({path.name})" for size, path in zip(sizes, plots, strict=True)]
-    lines += ["", table(rows), "", READING, ""]
+    lines += ["", table(rows, references(record)[1]), "", READING, ""]
     lines += [f"- **{name}**: {note}" for name, note in {r.name: r.note for r in rows}.items()]
     refused = [f"- {name} at {size}: {why}" for size, whys in record["refused"].items() for name, why in whys.items()]
     lines += ["", "Not run, or not to the end:", "", *refused] if refused else []
@@ -169,11 +199,11 @@ REACH, LED = 7.0, 14.0
 there."""
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw one size's contenders that draw the reference's picture: seconds to the right, PSNR upwards.
+def plot(rows: Sequence[Row], path: Path, reference: str) -> None:
+    """Draw one size's contenders that draw the picture of ``reference``: seconds to the right, PSNR upwards.
 
-    :data:`OTHER_PICTURES` are marks at the lower edge, and those that took more than the limit at the upper one, at what it was.
-    Marks are numbered in the order of the rows; what the numbers mean stands beside the plot.
+    Those that draw others (:func:`other_picture`) are marks at the lower edge, and those that took more than the limit at the upper
+    one, at what it was. Marks are numbered in the order of the rows; what the numbers mean stands beside the plot.
     """
     try:
         from matplotlib.figure import Figure
@@ -183,7 +213,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     figure = Figure(figsize=(10.5, 5.5), dpi=120, layout="constrained")
     axes, key = figure.subplots(1, 2, width_ratios=(7, 2.6))
-    shown = [row for row in rows if row.psnr is not None or row.more_than]
+    shown = [row for row in rows if row.psnr is not None or row.more_than or other_picture(row)]
     same = [row for row in shown if row.psnr is not None and not row.more_than and not other_picture(row)]
     edge = frontier(same)
     axes.plot([r.seconds for r in edge], [height(r) for r in edge], color="#9ca3af", linewidth=1, zorder=1)
@@ -197,12 +227,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if row not in same:
             axes.axvline(row.seconds, color=COLOURS[row.group], linewidth=1, linestyle=":", zorder=1)
     axes.set_xlabel("seconds a picture, median (logarithmic)")
-    axes.set_ylabel(f"PSNR against none, dB (equal pictures at {EQUAL:g})")
+    axes.set_ylabel(f"PSNR in dB to {reference} ({EQUAL:g} and more at {EQUAL:g})")
     axes.set_title(f"{rows[0].size}: the upper left is better")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    explain(key, shown)
+    explain(key, shown, reference)
     figure.draw_without_rendering()  # from here on places in the plot are final
     number(axes, points)
     with replacing(path) as part:
@@ -211,10 +241,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def other_picture(row: Row) -> bool:
     """Whether it may draw another picture than the reference by design, so that PSNR is no measure of its quality."""
-    return row.name.partition(",")[0] in OTHER_PICTURES
+    return starts_elsewhere(row) or row.name.partition(",")[0] in OTHER_PICTURES
 
 
-def explain(key: Any, rows: Sequence[Row]) -> None:
+def explain(key: Any, rows: Sequence[Row], reference: str) -> None:
     """What the numbers and the colours mean, in axes of their own."""
     from matplotlib.lines import Line2D
 
@@ -223,7 +253,7 @@ def explain(key: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         text = f"{place + 1}  {row.name}: {seconds(row)} s"
         if row.psnr is not None and not row.more_than and not other_picture(row):
-            text += ", equal" if row.psnr >= SAME else f", {row.psnr:.1f} dB"
+            text += f", {nearness(row, reference, ' dB')}"
         key.text(0, 1 - place * step, text, color=COLOURS[row.group], fontsize=8, va="top", transform=key.transAxes)
     marks = [
         Line2D([], [], color=colour, marker="o", linestyle="", label=LEGEND[group]) for group, colour in COLOURS.items()

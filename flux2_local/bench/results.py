@@ -13,16 +13,16 @@ import numpy as np
 from .. import costs, load, store
 from ..costs import Work
 from .contenders import BASE, CONTENDERS, IN_16_BIT, REFERENCE
-from .metrics import gmsd, psnr, ssim
+from .metrics import decibels, gmsd, mse, ssim
 from .runner import Drawn, Outcome, Samples
 from .subject import Judged, Subject
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Pictures against others; as :class:`Row` has them."""
+    """Pictures against others; as :class:`Row` has them, and ``mse``, the mean squared error that its PSNR is of."""
 
-    psnr: float | None = None
+    mse: float | None = None
     ssim: float | None = None
     gmsd: float | None = None
     differ: float | None = None
@@ -38,18 +38,20 @@ class Row:
         dtype, steps: of activations, and of denoising.
         seconds: median of whole calls, loading and the first picture left out; ``fastest`` and ``slowest`` of ``samples``.
         ratio: median over the rounds (``ratios``) of the stock pipeline's seconds to this one's; None where they share none.
-        psnr, ssim, gmsd: means over the pictures against the exact tier's; dB (99 for equal ones), 1 and 0 for equal ones.
+        psnr, ssim, gmsd: against the exact tier's pictures: PSNR of the mean squared error over all of them, dB
+            (:data:`.metrics.SAME` for equal ones), and means, 1 and 0 for equal ones.
         differ, differ_more: share of values that differ at all, and by more than one, in percent. None, like the three before
-            them, where no picture was finished.
+            them, where no picture was finished, and where the contender starts from other noise.
         load_seconds: from the start of the process until it is loaded.
         first_seconds: of the first picture, of ``first_steps`` steps: it compiles and warms up.
         host_bytes, device_bytes: peaks: resident memory of its process (mapped weights included), and allocated on a card; 0
             where it is not known.
         tflop_per_s: of the model's arithmetic, as if no step were skipped and nothing were computed twice.
         share: what was computed (``tflop_per_s`` less what was skipped) of the matrix product rate measured in its dtype; in
-            results without ``skipped`` of ``tflop_per_s`` itself, and so at most that.
+            results without ``skipped`` of ``tflop_per_s`` itself, and so at most that. None where its linear layers multiply in a
+            type whose rate was not measured.
         stages: median seconds per stage, where it tells them.
-        plan: what runs, for ours.
+        plan: of ours, what was decided for the last picture.
         adherence, asked: of the ``asked`` things that the prompts ask for, the share that a judge finds in the pictures, in
             percent; None and 0 where nobody judged. ``verdicts`` has a "1" or a "0" per thing and a text per picture.
         adherence_change, adherence_error: points that it has more than the exact tier in the same things, and the standard error
@@ -60,7 +62,7 @@ class Row:
             are at most what they say.
         skipped: how many times a picture left out a double and a single block, on the average; None where nobody kept that.
         copy_share: of the measured copy rate, the bytes that denoising cannot but move (:func:`costs.step_bytes`); None where its
-            seconds are not told.
+            seconds are not told, or its linear layers' weights are of another type than its activations.
     """
 
     size: str
@@ -83,7 +85,7 @@ class Row:
     host_bytes: int
     device_bytes: int
     tflop_per_s: float
-    share: float
+    share: float | None
     samples: list[float]
     ratios: list[float]
     stages: dict[str, float] = field(default_factory=dict)
@@ -101,12 +103,16 @@ class Row:
 
 
 def references(outcome: Outcome) -> tuple[str, str] | None:
-    """The contenders that quality and speed are held against; None where no picture was finished.
+    """The contenders that quality and speed are held against; None where no picture was finished."""
+    return first_of([name for name, taken in outcome.samples.items() if taken.drawn])
+
+
+def first_of(drew: Sequence[str]) -> tuple[str, str] | None:
+    """The same by the names of those that finished a picture.
 
     Where the stock pipeline does not fit, its 16-bit form takes its place, and without the exact tier quality is held against
     them; without those, against the first that ran.
     """
-    drew = [name for name, taken in outcome.samples.items() if taken.drawn]
     if not drew:
         return None
     quality, speed = ([n for n in names if n in drew] for names in ((REFERENCE, BASE, IN_16_BIT), (BASE, IN_16_BIT)))
@@ -119,7 +125,7 @@ def rows(outcome: Outcome, subject: Subject, rates: dict[str, float]) -> list[Ro
     nothing = Samples({}, 0.0)
     against, base = (nothing, nothing) if names is None else (outcome.samples[name] for name in names)
     seen = {name: taken for name, taken in outcome.samples.items() if taken.seconds}
-    return [row(name, taken, against, base, subject, rates) for name, taken in seen.items()]
+    return [likened(row(name, taken, against, base, subject, rates)) for name, taken in seen.items()]
 
 
 def row(
@@ -139,7 +145,9 @@ def row(
     due, spared = flops(subject, steps), flops_spared(subject, skipped)
     told = taken.drawn[0].stages if taken.drawn else {}
     stages = {k: statistics.median(one.stages.get(k, 0.0) for one in taken.drawn) for k in told}
+    products = taken.facts.get("products", dtype)
     moved = bytes_moved(subject, steps, skipped, dtype)
+    known = stages.get("denoise") and "copy" in rates and products == dtype
     return Row(
         size=subject.size,
         name=name,
@@ -151,7 +159,7 @@ def row(
         fastest=min(samples),
         slowest=max(samples),
         ratio=statistics.median(ratios) if ratios else None,
-        psnr=near.psnr,
+        psnr=None if near.mse is None else decibels(near.mse),
         ssim=near.ssim,
         gmsd=near.gmsd,
         differ=near.differ,
@@ -161,17 +169,29 @@ def row(
         host_bytes=taken.memory.get("host", 0),
         device_bytes=taken.memory.get("device", 0),
         tflop_per_s=due / seconds / 1e12,
-        share=(due - spared) / seconds / rates[dtype],
+        share=(due - spared) / seconds / rates[products] if products in rates else None,
         samples=samples,
         ratios=ratios,
         stages=stages,
-        plan=taken.facts.get("plan", {}),
+        plan=taken.drawn[-1].plan if taken.drawn else {},
         first_steps=taken.first_steps,
         limit=taken.exceeded,
         more_than=taken.exceeded is not None and statistics.median([*finished, math.inf]) == math.inf,
         skipped=skipped,
-        copy_share=moved / stages["denoise"] / rates["copy"] if stages.get("denoise") and "copy" in rates else None,
+        copy_share=moved / stages["denoise"] / rates["copy"] if known else None,
     )
+
+
+def likened(row: Row) -> Row:
+    """The row without the figures of likeness where its contender starts from other noise."""
+    if not starts_elsewhere(row):
+        return row
+    return replace(row, psnr=None, ssim=None, gmsd=None, differ=None, differ_more=None)
+
+
+def starts_elsewhere(row: Row) -> bool:
+    """Whether its contender starts from noise of its own."""
+    return row.name in CONTENDERS and CONTENDERS[row.name].other_noise
 
 
 def mean(found: Sequence[Quality]) -> Quality:
@@ -187,7 +207,7 @@ def quality(want: Drawn, got: Drawn) -> Quality:
     a, b = want.picture, got.picture
     apart = np.abs(a.astype(int) - b)
     shares = (100 * float((apart > bound).mean()) for bound in (0, 1))
-    return Quality(psnr(a, b), ssim(a, b), gmsd(a, b), *shares)
+    return Quality(mse(a, b), ssim(a, b), gmsd(a, b), *shares)
 
 
 @cache
@@ -265,14 +285,19 @@ def adherence(row: Row) -> str:
 
 
 def share(row: Row) -> str:
-    """Of the product rate, or what it is at most."""
+    """Of the product rate, or what it is at most; "" where that rate was not measured."""
     bound = "< " if row.more_than else "≤ " if row.skipped is None else ""
-    return f"{bound}{row.share:.0%}"
+    return "" if row.share is None else f"{bound}{row.share:.0%}"
 
 
 def figure(value: float | None, form: str) -> str:
     """A figure in a format's form, or "" where there is none."""
     return "" if value is None else format(value, form)
+
+
+def likeness(row: Row, unit: str = "") -> str:
+    """PSNR with ``unit`` after it, or that the pictures are equal; "" where it is not known."""
+    return "equal" if row.differ == 0 else "" if row.psnr is None else f"{row.psnr:.1f}{unit}"
 
 
 def seconds(row: Row) -> str:
@@ -288,19 +313,23 @@ def ratio(row: Row) -> str:
 READING = (
     "Of products: FLOPs that were computed, those of skipped steps left out, of what matrix products of the same type reach here; "
     "≤ where a result does not say what was skipped. Of copies: bytes that the linear layers of denoising must move, of what a "
-    "copy reaches; of ours, which tell the seconds of denoising. Adherence: in brackets the points more than the exact tier in the "
-    "same things, ± the standard error."
+    "copy reaches; of ours, which tell the seconds of denoising. Of quantized weights there is neither. Adherence: in brackets the "
+    "points more than the exact tier in the same things, ± the standard error."
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; :data:`READING` says how to read it."""
-    head = ("size", "", "seconds", "spread", "× diffusers", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
+def table(rows: Sequence[Row], base: str = BASE) -> str:
+    """The rows as a Markdown table; :data:`READING` says how to read it.
+
+    Args:
+        base: whose seconds the ratios are of.
+    """
+    head = ("size", "", "seconds", "spread", f"× {base}", "PSNR", "SSIM", "GMSD", "adherence", "MiB", "load s", "first s",
             "of products", "of copies")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += [
         f"| {r.size} | {r.name} | {seconds(r)} | {r.fastest:.2f}–{'> ' if r.limit else ''}{r.slowest:.2f} | {ratio(r)} "
-        f"| {figure(r.psnr, '.1f')} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
+        f"| {likeness(r)} | {figure(r.ssim, '.4f')} | {figure(r.gmsd, '.4f')} "
         f"| {adherence(r)} | {(r.device_bytes or r.host_bytes) / 2**20:.0f} | {r.load_seconds:.1f} "
         f"| {r.first_seconds:.1f} | {share(r)} | {figure(r.copy_share, '.0%')} |"
         for r in rows

@@ -99,7 +99,7 @@ class Worker:
         self._errors.close()
 
     def draw(self, prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, frames.Message]:
-        """A picture, uint8 [H, W, 3], and what the process says about it: seconds, stages, blocks skipped, memory.
+        """A picture, uint8 [H, W, 3], and what the process says about it: seconds, stages, blocks skipped, plan, memory.
 
         Args:
             steps: of denoising; as many as the contender takes where None.
@@ -155,6 +155,7 @@ class Drawn:
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
     skipped: tuple[int, int] = (0, 0)
+    plan: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -188,7 +189,7 @@ class Samples:
         return [*(one.seconds for one in self.drawn), *([] if self.exceeded is None else [self.exceeded])]
 
     def add(self, picture: np.ndarray, facts: frames.Message) -> None:
-        self.drawn.append(Drawn(picture, facts["seconds"], facts["stages"], tuple(facts["skipped"])))
+        self.drawn.append(Drawn(picture, facts["seconds"], facts["stages"], tuple(facts["skipped"]), facts["plan"]))
         self.reached(facts["memory"])
 
     def reached(self, memory: dict[str, int]) -> None:

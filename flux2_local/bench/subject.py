@@ -74,10 +74,12 @@ class Told:
     Attributes:
         stages: seconds each, where they are known.
         skipped: how many times a double and a single block were left out.
+        plan: of ours, what was decided for this picture.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
     skipped: tuple[int, int] = (0, 0)
+    plan: dict[str, str] = field(default_factory=dict)
 
 
 Draw = Callable[[str, int, int | None], "tuple[np.ndarray, Told]"]
@@ -90,8 +92,8 @@ class Loaded:
 
     Attributes:
         draw: makes one picture and waits for the device.
-        facts: what runs, for the record: ``dtype``, ``steps``, whether it ``compiles`` while it draws its first picture, and for
-            ours ``plan``.
+        facts: what runs, for the record: ``dtype`` of activations, ``steps``, whether it ``compiles`` while it draws its first
+            picture, and ``products``: what the transformer's linear layers multiply in, where that is not ``dtype``.
     """
 
     draw: Draw

@@ -72,6 +72,9 @@ def bench(
         ),
     ] = None,
     device: options.Device = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="What the result calls the model (default: as --model does).")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The JSON file to write, anew after every picture. Default: speed-DATE.json."),
@@ -90,7 +93,7 @@ def bench(
         make_request("standard", {"prompt": "a", "image_size": options.parse_size(s)}).size for s in size or SIZES
     ]
     rules = Rules(rounds, apart, warm_steps, limit)
-    wanted = Wanted(model, shapes, select(only, every), rules, steps, device, out, context.obj)
+    wanted = Wanted(model, shapes, select(only, every), rules, steps, device, out, context.obj, label)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measured = measure(wanted, lambda line: typer.echo(line, err=True))
@@ -99,7 +102,7 @@ def bench(
     record, rows = measured.record, [row for rows in measured.rows.values() for row in rows]
     if not rows and measured.stopped:
         raise Cancelled("Stopped before the first picture; nothing was written.")
-    print(results.table(rows))
+    print(results.table(rows, reporting.references(record)[1]))
     for where, refused in record["refused"].items():
         ran = {row.name for row in rows if row.size == where}
         for name, why in refused.items():

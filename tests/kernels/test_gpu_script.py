@@ -8,11 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from flux2_kernels import OPS
+
+from flux2_local import hardware
+from scripts import gpu
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu.py"
@@ -57,6 +63,37 @@ def test_dry_run_of_the_models_parts(tmp_path: Path) -> None:
     found = {path.name.partition("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "high, int8"]
     assert len(found["budgets"]["rows"]) == 2 and not any("error" in row for row in found["budgets"]["rows"])
+
+
+@needs_triton
+def test_dry_run_of_the_steps(tmp_path: Path) -> None:
+    ran = run("--dry-run", "--part", "scaling", "--out", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
+    (kept,) = tmp_path.glob("scaling-*.json")
+    assert list(json.loads(kept.read_text())["exponents"]) == ["tokens", "width", "depth"]
+
+
+@pytest.mark.parametrize(("card", "model"), [("h200", "dev"), ("rtx-4090", "klein-4b"), ("none", None)])
+def test_the_models_parts_fit_the_card(
+    card: str, model: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    found = replace(hardware.from_preset("rtx-4090"), free=2**33) if model is None else hardware.from_preset(card)
+    commands: list[list[str]] = []
+
+    def started(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(hardware, "probe", lambda _: found)
+    monkeypatch.setattr(gpu.subprocess, "run", started)
+    here = gpu.Run((), None, torch.device("cuda:0"), Path(), dry=False, tune=False, check_only=False)
+    assert all(gpu.models(here, part) for part in gpu.PARTS[1:])
+    modules = [command[2] for command in commands]
+    if model is None:
+        assert modules == ["benchmarks.scaling"] and "tiers left out: klein-4b" in capsys.readouterr().out
+    else:
+        assert modules == ["benchmarks.tiers", "benchmarks.budgets", "benchmarks.scaling"]
+        assert [command[-1] for command in commands] == [model, model, "cuda:0"]
 
 
 @needs_triton
