@@ -13,6 +13,8 @@ from . import mapping, weights
 from .errors import WeightsDamagedError
 
 PREFIX = "transformer."
+DORA = re.compile(r"lora_magnitude_vector|dora_scale")
+"""In the names of what a weight-decomposed adapter (arXiv:2402.09353) has beside its low-rank updates."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def read(path: Path) -> dict[str, Update]:
     """
     weights.refuse_pickle(path)
     state = dict(weights.read_files([path]))
+    if any(DORA.search(key) for key in state):
+        raise WeightsDamagedError(
+            f"{path.name} is a DoRA adapter, which is not supported yet; convert it to a plain LoRA."
+        )
     scaling = _scaling(path)
     if not all(k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")) for k in state):
         state = _convert(path)

@@ -129,5 +129,8 @@ def test_what_is_no_lora_is_refused(tmp_path, dev_folder):
     save_file(state, path, facts)
     with pytest.raises(WeightsDamagedError, match="how strong it is: .* cannot be read .missing"):
         Flux2.load(dev_folder, lora=path)
+    save_file({**as_diffusers()[0], "transformer.proj_out.lora_magnitude_vector.weight": torch.ones(32)}, path)
+    with pytest.raises(WeightsDamagedError, match="is a DoRA adapter, which is not supported yet"):
+        Flux2.load(dev_folder, lora=path)
     with pytest.raises(WeightsDamagedError, match="no LoRA file"):
         Flux2.load(dev_folder, lora=tmp_path / "nowhere.safetensors")

@@ -24,7 +24,7 @@ from ..hardware import package
 from .convert import Keep, backend
 from .recipe import Recipe
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the kept files; changes when what is in them does."""
 
 SAMPLES, CHUNK = 256, 64 * 2**10
