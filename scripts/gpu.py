@@ -6,13 +6,14 @@
     python scripts/gpu.py --tune              # choose configurations first and keep them in tuned/sm_XX.json
     python scripts/gpu.py --dry-run           # the same code on a CPU: tiny shapes, Triton's interpreter, meaningless times
 
-First correctness: every op, implementation and format against float64, in CUDA graphs, under torch.compile, and once under
-compute-sanitizer where it is installed. Then the card's own rates (copy, matmuls), and each op at dev's and klein's shapes:
-our time beside torch op by op, inductor and the best library. Results go to benchmarks/results/ as a CSV and a JSON record of
-the environment; the last line printed is that record. Tiers (benchmarks/tiers.py) and budgets (benchmarks/budgets.py) beside
-diffusers follow, of the largest model that the card holds twice, dev on one of 141 GB, and steps of every one that it holds
-(benchmarks/scaling.py), on random weights that are drawn on the card. A part for which the card is too small is left out, and
-that is said. Exits with 1 if a check or a part failed.
+First correctness: every op, implementation and format against float64; each op's kernel in its first format in a CUDA graph
+and under torch.compile; five ops once under compute-sanitizer where it is installed. Then the card's own rates (copy, matmuls),
+and each op at dev's and klein's shapes: our time beside torch op by op, inductor and the best library, all as replays of CUDA
+graphs, and beside them how long a call keeps the host. Results go to benchmarks/results/, row by row, as a CSV and a JSON
+record of the environment; the last line printed is that record. Tiers (benchmarks/tiers.py) and budgets
+(benchmarks/budgets.py) beside diffusers follow, of the largest model that the card holds twice, dev on one of 141 GB, and steps
+of every one that it holds (benchmarks/scaling.py), on random weights that are drawn on the card. A part for which the card is
+too small is left out, and that is said. Exits with 1 if a check, a row or a part failed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,23 +132,21 @@ def check(run: Run) -> list[Check]:
         form = op.formats[0]
         if not run.check_only:
             here.append(check_compiled(op, form, run.place, run.device, "aot_eager" if run.dry else "inductor"))
-        if not run.dry:
-            here.append(check_graph(op, form, run.place, run.device))
+            if not run.dry:
+                here.append(check_graph(op, form, run.place, run.device))
         worst = max(one.share for one in here)
         print(
             f"{op.name}: {sum(one.passed for one in here)} of {len(here)} checks passed, largest error {worst:.2f} of its bound"
         )
         for one in here:
             if not one.passed:
-                print(
-                    f"  FAILED {one.case} {one.form} {one.implementation}: {one.problem or f'{one.share:.3g} of the bound'}"
-                )
+                print(f"  FAILED {one.case} {one.form} {one.implementation}: {one.fault}")
         done += here
     return done
 
 
 def sanitize(run: Run) -> str:
-    """The small checks of a few ops under compute-sanitizer: "clean", its findings, or why it did not run."""
+    """The small checks of a few ops under compute-sanitizer: "clean" or its findings with their names, or why it did not run."""
     tool = shutil.which("compute-sanitizer")
     if run.dry or tool is None:
         return "not run: " + (
@@ -157,7 +158,9 @@ def sanitize(run: Run) -> str:
     ran = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     )
-    return "clean" if ran.returncode == 0 else f"failed with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}"
+    if ran.returncode == 0:
+        return f"clean: {', '.join(names)}"
+    return f"failed with {ran.returncode} in {', '.join(names)}: {(ran.stdout + ran.stderr)[-2000:]}"
 
 
 def tune(run: Run) -> Path:
@@ -183,24 +186,25 @@ def card(run: Run) -> str:
     return "dry run" if run.dry else torch.cuda.get_device_name(run.device)
 
 
-def measured(run: Run) -> tuple[list[Row], dict[str, float]]:
-    """The card's rates, then a row a problem, printed as they come."""
+def measured(run: Run, record: dict[str, Any]) -> Iterator[Row]:
+    """The card's rates, into the record; then a row a problem, printed as they come."""
     from flux2_kernels.bench.report import Bench, rates_record
     from flux2_kernels.bench.timing import measured_rates
 
     rates = measured_rates(run.device, run.place.sm, 64 if run.dry else 8192)
-    record = rates_record(rates)
-    print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
+    record["rates"] = rates_record(rates)
+    print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in record["rates"].items()))
     bench = Bench(run.place, run.device, rates, "aot_eager" if run.dry else "inductor")
-    rows = []
     for op in run.ops:
         for row in bench.rows(op, run.cases(op)):
             print(line(row), flush=True)
-            rows.append(row)
-    return rows, record
+            yield row
 
 
 def line(row: Row) -> str:
+    what = f"{row.op} {row.shape} {row.format}"
+    if row.ours_ms is None:
+        return f"{what:62s} FAILED {row.problem}"
     rivals = (
         ("eager", row.eager_ms),
         ("inductor", row.inductor_ms),
@@ -210,8 +214,9 @@ def line(row: Row) -> str:
     beside = ", ".join(f"{name} {ms:.3f}" for name, ms in rivals if ms is not None)
     speed = f"{row.tflop_per_s:.1f} TFLOP/s" if row.tflop_per_s is not None else f"{row.gb_per_s:.0f} GB/s"
     share = "" if row.percent_of_measured is None else f" ({row.percent_of_measured:.0f}%)"
-    what = f"{row.op} {row.shape} {row.format}"
-    return f"{what:62s} {row.ours_ms:.3f} ms, {speed}{share}, error {row.error:.2f}; {beside}"
+    failed = f" FAILED {row.problem}" if row.problem else ""
+    host = f"{row.host_us:.0f} us of the host"
+    return f"{what:62s} {row.ours_ms:.3f} ms, {host}, {speed}{share}, error {row.error:.2f}{failed}; {beside}"
 
 
 def aims(rows: Sequence[Row]) -> dict[str, Any]:
@@ -239,18 +244,19 @@ def card_record(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def write(run: Run, rows: Sequence[Row], record: dict[str, Any]) -> Path:
-    """The CSV and, beside it, the record; returns the CSV's path."""
+    """The CSV and, beside it, the record, each whole or as it was before; returns the CSV's path."""
     from flux2_kernels.bench.report import COLUMNS, values
 
-    run.folder.mkdir(parents=True, exist_ok=True)
+    from flux2_local import files
+
     name = "-".join(["kernels", *record["device"].lower().split(), record["date"][:19].replace(":", "")])
     path = run.folder / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(values, rows))
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return path
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(map(values, rows))
+    files.write(path.with_suffix(".json"), (json.dumps(record, indent=2) + "\n").encode())
+    return files.write(path, table.getvalue().encode())
 
 
 def kernels(run: Run) -> bool:
@@ -262,16 +268,22 @@ def kernels(run: Run) -> bool:
     if run.check_only:
         return not failed
     record: dict[str, Any] = dict(software()) | dict(card_record(run))
-    record |= {"checks": len(checks), "failed": [f"{c.op} {c.case} {c.form} {c.implementation}" for c in failed]}
+    record["checks"] = len(checks)
+    record["failed"] = [f"{c.op} {c.case} {c.form} {c.implementation}: {c.fault}" for c in failed]
     record["sanitizer"] = sanitize(run)
+    rows: list[Row] = []
+    path = write(run, rows, record)
     if run.tune:
         record["tuned"] = tune(run).name
-    rows, record["rates"] = measured(run)
-    record["aims"] = aims(rows)
-    path = write(run, rows, record)
+    for row in measured(run, record):
+        rows.append(row)
+        if row.problem:
+            record["failed"].append(f"{row.op} {row.shape} {row.format} {row.implementation}: {row.problem}")
+        record["aims"] = aims(rows)
+        write(run, rows, record)
     print(f"written: {path} and {path.with_suffix('.json').name}")
     print(json.dumps(record))
-    return not failed and not record["sanitizer"].startswith("failed")
+    return not record["failed"] and not record["sanitizer"].startswith("failed")
 
 
 def extent(run: Run, part: str) -> tuple[str, ...]:
@@ -315,11 +327,20 @@ def models(run: Run, part: str) -> bool:
     return subprocess.run([*command, *options], cwd=ROOT, env=environment).returncode == 0
 
 
+def well(run: Run, part: str) -> bool:
+    """Whether all is well with one part; an exception is printed, and takes no other part along."""
+    try:
+        return kernels(run) if part == "kernels" else models(run, part)
+    except Exception:
+        traceback.print_exc()
+        return False
+
+
 def main() -> int:
     options = parse()
     run = prepare(options)
     wanted = options.part or (["kernels"] if options.op or options.check_only else PARTS)
-    fine = [kernels(run) if part == "kernels" else models(run, part) for part in PARTS if part in wanted]
+    fine = [well(run, part) for part in PARTS if part in wanted]
     return int(not all(fine))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from flux2_kernels import OPS
+from flux2_kernels import OPS, Format, Implementation, Op, Place
+from flux2_kernels.bench import checks, report
+from flux2_kernels.bench.stock import STOCK
+from flux2_kernels.constraint import Constraint
+from flux2_kernels.verify import draw
+from torch import Tensor
 
 from flux2_local import hardware
 from scripts import gpu
@@ -43,6 +50,7 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert {row["op"] for row in rows} == set(OPS)
     for row in rows:
         assert float(row["error"]) <= 1 and float(row["ours_ms"]) > 0 and float(row["gb_per_s"]) > 0
+        assert float(row["host_us"]) > 0 and not row["problem"]
         assert float(row["eager_ms"]) > 0 and float(row["inductor_ms"]) > 0
         assert bool(row["cublas_bf16_ms"]) == row["op"].startswith("linear")
     assert {"layer_norm", "addcmul", "int_mm"} <= {row["library"] for row in rows}
@@ -115,3 +123,126 @@ def test_correct_on_this_card() -> None:
     command = [sys.executable, str(SCRIPT), "--check-only"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
+
+
+BF16 = Format(torch.bfloat16)
+
+
+@pytest.fixture
+def norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Op]:
+    """An op whose kernel is the function given, which needs no Triton."""
+
+    def made(function: Callable[..., Any]) -> Op:
+        anywhere = Constraint((torch.bfloat16,))
+        kernel = Implementation("triton", lambda: function, anywhere)
+        op = replace(OPS["modulated_norm"], formats=(BF16,), implementations=(kernel,))
+        monkeypatch.setitem(OPS, op.name, op)  # type: ignore[arg-type]
+        return op
+
+    return made
+
+
+def dry(folder: Path, op: Op, **changes: bool) -> gpu.Run:
+    asked = {"dry": True, "tune": False, "check_only": False} | changes
+    return gpu.Run((op,), Place("cpu"), torch.device("cpu"), folder, **asked)
+
+
+def wrong_if(wrong: Callable[[Tensor], bool], how: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The norm, spoilt for some inputs."""
+
+    def function(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        y = OPS["modulated_norm"].reference(x, shift, scale)
+        return how(y) if wrong(x) else y
+
+    return function
+
+
+def fail(_: object) -> Any:
+    raise RuntimeError("no kernel image\nfor this card")
+
+
+def kept(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    (table,) = folder.glob("*.csv")
+    return list(csv.DictReader(table.open())), json.loads(table.with_suffix(".json").read_text())
+
+
+def test_only_checking_captures_and_compiles_nothing(
+    norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a caching allocator, as it runs under compute-sanitizer, a graph cannot be captured."""
+    for name in ("captured", "traced", "replayed"):
+        monkeypatch.setattr(checks, name, fail)
+    op = norm(OPS["modulated_norm"].reference)
+    done = gpu.check(dry(tmp_path, op, dry=False, check_only=True))
+    assert [one.case for one in done] == [case.name for case in op.cases] and all(one.passed for one in done)
+
+
+def test_the_record_names_what_was_sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dry(tmp_path, OPS["swiglu_quantized"], dry=False)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    for code, said in ((0, "clean: swiglu_quantized"), (3, "failed with 3 in swiglu_quantized: out of bounds")):
+        ran = subprocess.CompletedProcess([], code, "out of ", "bounds")
+        monkeypatch.setattr(gpu.subprocess, "run", lambda *_, ran=ran, **__: ran)
+        assert gpu.sanitize(asked) == said
+
+
+@pytest.mark.parametrize("name", ["replayed", "traced"])
+def test_an_exception_fails_one_check(name: str, norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, name, lambda *_: fail(_))
+    check = {"replayed": checks.check_graph, "traced": checks.check_compiled}[name]
+    one = check(norm(OPS["modulated_norm"].reference), BF16, Place("cpu"), torch.device("cpu"))
+    assert not one.passed and one.fault == "RuntimeError: no kernel image for this card"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(lambda y: 1.5 * y, "of its bound"), (fail, "RuntimeError: no kernel image for this card")]
+)
+def test_a_wrong_result_at_a_models_shape_fails_the_run(how: Any, said: str, norm: Any, tmp_path: Path) -> None:
+    """The checks see the first case only; the row of the other one is kept, and so is the row after it."""
+    op = norm(wrong_if(lambda x: x.shape[-1] == 6144, how))
+    assert not gpu.kernels(dry(tmp_path, op))
+    rows, record = kept(tmp_path)
+    assert [row["shape"] for row in rows] == ["dev", "klein-4b"] and not rows[1]["problem"]
+    assert said in rows[0]["problem"] and rows[0]["error"] and bool(rows[0]["ours_ms"]) == (how is not fail)
+    assert record["failed"] == [f"modulated_norm dev bfloat16 triton: {rows[0]['problem']}"]
+    assert sum(len(found) for found in (record["aims"]["missed"], record["aims"]["unjudged"])) <= 1
+
+
+def test_a_failure_while_measuring_is_a_row(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "measure", lambda *_: fail(_))
+    assert not gpu.kernels(dry(tmp_path, norm(OPS["modulated_norm"].reference)))
+    rows, record = kept(tmp_path)
+    assert {row["problem"] for row in rows} == {"RuntimeError: no kernel image for this card"} and len(rows) == 2
+    assert {row["ours_ms"] for row in rows} == {""} and len(record["failed"]) == 2
+
+
+def test_rows_are_kept_as_they_come(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = gpu.line
+    monkeypatch.setattr(gpu, "line", lambda row: fail(row) if row.shape == "klein-4b" else line(row))
+    assert not gpu.well(dry(tmp_path, norm(OPS["modulated_norm"].reference)), "kernels")
+    rows, record = kept(tmp_path)
+    assert [row["shape"] for row in rows] == ["dev"] and record["checks"] == 2 and record["failed"] == []
+
+
+def test_a_part_that_fails_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    options = argparse.Namespace(part=None, op=None, check_only=False)
+    monkeypatch.setattr(gpu, "parse", lambda: options)
+    monkeypatch.setattr(gpu, "prepare", lambda _: dry(tmp_path, OPS["swiglu"]))
+    monkeypatch.setattr(gpu, "kernels", fail)
+    monkeypatch.setattr(gpu, "models", lambda _, part: ran.append(part) is None)
+    assert gpu.main() == 1 and ran == list(gpu.PARTS[1:])
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_the_stock_form_computes_the_op(op: Op) -> None:
+    """In bf16 all along, so it is further from the exact result than a kernel may be."""
+    form = next(form for form in op.formats if form.dtype == torch.bfloat16)
+    for case in op.cases:
+        inputs = draw(op, case, form)
+        found, wanted = STOCK[op.name](**inputs), op.reference(**inputs)
+        if op.outputs[-1] == "quantized":
+            found, wanted = (whole[-2].float() * whole[-1] for whole in (found, wanted))
+        for ours, plain in zip(*((x,) if isinstance(x, Tensor) else x for x in (found, wanted)), strict=True):
+            assert ours.shape == plain.shape and (ours - plain).float().norm() <= 0.02 * plain.float().norm()
+            assert form.quantized is not None or ours.dtype == plain.dtype == torch.bfloat16

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from ..op import Case, Function, Inputs, Op
 from ..rates import Rates
 from ..registry import reasons
 from ..verify import draw
-from .checks import check_one
-from .rivals import cublas_bf16, inductor, libraries
-from .timing import measure, sets_for
+from .checks import check_one, said
+from .rivals import in_bf16, inductor, libraries, linear_bf16
+from .stock import STOCK
+from .timing import host_us, measure, sets_for
 
 MEMORY_AIM = 85.0  # percent of the measured copy bandwidth
 LIBRARY_AIM = 0.9  # of the best library's speed
@@ -25,7 +26,20 @@ CUBLAS_LAYERS = ("dev-single-in", "dev-attention")
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds are medians; ``error`` is the largest error as a share of its bound; None stands for "not there"."""
+    """Milliseconds are medians; None stands for "not there".
+
+    Attributes:
+        op, shape, format, dims, implementation: what ran.
+        error: its largest error as a share of its bound.
+        problem: what was wrong, with the result or with measuring; empty if nothing was.
+        ours_p20, ours_ms, ours_p80: replays of a CUDA graph, so that they hold no launch.
+        host_us: microseconds that a call without a graph keeps the host.
+        eager_ms, inductor_ms: the form of ``stock.py``, op by op and compiled.
+        library, library_ms: the quickest library that runs.
+        cublas_bf16_ms: a linear's product in bf16.
+        gb_per_s, tflop_per_s: of ours.
+        roofline_ms, percent_of_measured: by the rates measured on the card.
+    """
 
     op: str
     shape: str
@@ -33,21 +47,25 @@ class Row:
     dims: str
     implementation: str
     error: float
-    ours_p20: float
-    ours_ms: float
-    ours_p80: float
-    eager_ms: float | None
-    inductor_ms: float | None
-    library: str | None
-    library_ms: float | None
-    cublas_bf16_ms: float | None
-    gb_per_s: float
-    tflop_per_s: float | None
-    roofline_ms: float | None
-    percent_of_measured: float | None
+    problem: str
+    ours_p20: float | None = None
+    ours_ms: float | None = None
+    ours_p80: float | None = None
+    host_us: float | None = None
+    eager_ms: float | None = None
+    inductor_ms: float | None = None
+    library: str | None = None
+    library_ms: float | None = None
+    cublas_bf16_ms: float | None = None
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    roofline_ms: float | None = None
+    percent_of_measured: float | None = None
 
     def aims(self) -> Iterator[tuple[str, bool]]:
-        """What this row is to reach, and whether it does."""
+        """What this row is to reach, and whether it does; nothing where there is a problem."""
+        if self.problem or self.ours_ms is None:
+            return
         if self.tflop_per_s is None:
             if self.percent_of_measured is not None:
                 yield f"{MEMORY_AIM:.0f}% of copy bandwidth", self.percent_of_measured >= MEMORY_AIM
@@ -90,45 +108,50 @@ class Bench:
                     yield self.row(op, form, case)
 
     def row(self, op: Op, form: Format, case: Case) -> Row:
-        """Measure the Triton implementation and its rivals on one problem."""
+        """Check the Triton implementation on one problem and measure it and its rivals; an exception is the row's problem."""
+        few = Case(case.name, {**case.dims, "tokens": min(case.dims["tokens"], 1040)}, case.strided)
+        check = check_one(op, few, form, "triton", self.device)
+        dims = " ".join(f"{k}={v}" for k, v in case.dims.items())
+        row = Row(op.name, case.name, str(form), dims, "triton", check.share, check.fault)
+        try:
+            return self.timed(row, op, form, case)
+        except Exception as error:
+            return replace(row, problem=row.problem or said(error))
+
+    def timed(self, row: Row, op: Op, form: Format, case: Case) -> Row:
+        """``row`` with its times and what follows from them."""
         cost = op.cost(case.dims, form)
 
         def make(seed: int) -> Inputs:
             return draw(op, case, form, self.device, seed)
 
         sets = sets_for(make, cost.bytes)
-        few = Case(case.name, {**case.dims, "tokens": min(case.dims["tokens"], 1040)}, case.strided)
-        error = check_one(op, few, form, "triton", self.device).share
-        ours = measure(op.implementation("triton").load(), sets)
+        function = op.implementation("triton").load()
+        ours = measure(function, sets)
         library, library_ms = self.best_library(libraries(op, form, case.dims, self.place), sets)
-        cublas = cublas_bf16(op.name, sets[0])
         seconds, roofline = ours.p50 / 1e3, self.rates.seconds(cost)
-        return Row(
-            op=op.name,
-            shape=case.name,
-            format=str(form),
-            dims=" ".join(f"{k}={v}" for k, v in case.dims.items()),
-            implementation="triton",
-            error=error,
+        return replace(
+            row,
             ours_p20=ours.p20,
             ours_ms=ours.p50,
             ours_p80=ours.p80,
-            eager_ms=self.median(op.reference, sets),
-            inductor_ms=self.median(inductor(op, self.backend), sets),
+            host_us=host_us(function, sets[0]),
+            eager_ms=self.median(STOCK[op.name], sets),
+            inductor_ms=self.median(inductor(STOCK[op.name], self.backend), sets),
             library=library,
             library_ms=library_ms,
-            cublas_bf16_ms=self.median(cublas[0], [cublas[1]]) if cublas else None,
+            cublas_bf16_ms=self.median(linear_bf16, map(in_bf16, sets)) if op.name.startswith("linear") else None,
             gb_per_s=cost.bytes / seconds / 1e9,
             tflop_per_s=cost.flops / seconds / 1e12 if cost.matmul else None,
             roofline_ms=roofline * 1e3 if roofline else None,
             percent_of_measured=100 * roofline / seconds if roofline else None,
         )
 
-    def median(self, function: Function, sets: Sequence[Inputs]) -> float | None:
+    def median(self, function: Function, sets: Iterable[Inputs]) -> float | None:
         """Median milliseconds; None where it does not run here (most often for want of memory)."""
         try:
-            return measure(function, sets).p50
-        except (RuntimeError, NotImplementedError):
+            return measure(function, list(sets)).p50
+        except Exception:
             return None
 
     def best_library(self, found: dict[str, Function], sets: Sequence[Inputs]) -> tuple[str | None, float | None]:

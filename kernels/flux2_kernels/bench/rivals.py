@@ -1,4 +1,4 @@
-"""Other ways to compute an op: torch op by op, inductor's fusion of the same, and the libraries' own kernels."""
+"""Other ways to compute an op: inductor's fusion, the libraries' own kernels, and for linears bf16."""
 
 from __future__ import annotations
 
@@ -35,16 +35,19 @@ KERNELS: dict[str, tuple[str, Function]] = {
 }
 
 
-def cublas_bf16(name: str, inputs: Inputs) -> tuple[Function, Inputs] | None:
-    """The same linear in bf16 by cuBLAS: what quantizing is to beat. None where ``name`` is no linear."""
-    if not name.startswith("linear"):
-        return None
-    w = unpack(inputs["w"], group_of(inputs["w"], inputs["w_scale"])) if "w4" in name else inputs["w"]
-    given = {"x": inputs["x"].to(torch.bfloat16), "weight": w.to(torch.bfloat16)}
-    if "gate" not in inputs:
-        return (lambda x, weight: F.linear(x, weight)), given
-    given |= {"gate": inputs["gate"].to(torch.bfloat16), "residual": inputs["residual"].to(torch.bfloat16)}
-    return (lambda x, weight, gate, residual: torch.addcmul(residual, gate, F.linear(x, weight))), given
+def in_bf16(inputs: Inputs) -> Inputs:
+    """A linear's inputs for :func:`linear_bf16`."""
+    x, w = inputs["x"], inputs["w"]
+    if w.shape[1] != x.shape[2]:
+        w = unpack(w, group_of(w, inputs["w_scale"]))
+    wide = {"x": x, "w": w} | {name: inputs[name] for name in ("gate", "residual") if name in inputs}
+    return {name: value.to(torch.bfloat16) for name, value in wide.items()}
+
+
+def linear_bf16(x: Tensor, w: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """The same linear in bf16 by cuBLAS: what quantizing is to beat."""
+    y = F.linear(x, w)
+    return y if gate is None or residual is None else addcmul(residual, gate, y)
 
 
 def libraries(op: Op, form: Format, dims: Dims, place: Place) -> dict[str, Function]:
@@ -57,7 +60,7 @@ def libraries(op: Op, form: Format, dims: Dims, place: Place) -> dict[str, Funct
     return found
 
 
-def inductor(op: Op, backend: str = "inductor") -> Function:
-    """The reference, compiled for the shapes it gets."""
+def inductor(function: Function, backend: str = "inductor") -> Function:
+    """``function``, compiled for the shapes it gets."""
     torch.compiler.reset()
-    return torch.compile(op.reference, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,15 @@ def measure(function: Function, sets: Sequence[Inputs], replays: int = REPLAYS) 
     return times_of(samples)
 
 
+def host_us(function: Function, inputs: Inputs, calls: int = REPLAYS) -> float:
+    """Median microseconds until a call returns, without a graph and not waiting for the card; off CUDA, of a whole call."""
+    on_card = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs.values())
+    if on_card:
+        torch.cuda.synchronize()
+    seconds = [_wall(lambda: function(**inputs)) for _ in range(calls if on_card else 1)]
+    return statistics.median(seconds) * 1e6
+
+
 def captured(once: Callable[[], Any]) -> Callable[[], None]:
     """``once`` as a CUDA graph, after three calls on a side stream that compile and allocate what it needs."""
     side = torch.cuda.Stream()
@@ -93,12 +103,15 @@ def measured_rates(device: torch.device, sm: int, size: int = 8192) -> Rates:
     memory = 2 * source.numel() / (copy.p50 / 1e3)
     operations, a, b = 2 * size**3, source[: size * size].view(size, size), source[-size * size :].view(size, size)
     wide = [part.to(torch.bfloat16) for part in (a, b)]
-    matmul = {torch.bfloat16: _rate(operations, torch.mm, *wide), torch.int8: _rate(operations, torch._int_mm, a, b)}
-    matmul[torch.float16] = matmul[torch.bfloat16]
+    bf16 = _rate(operations, torch.mm, *wide)
+    matmul = {torch.bfloat16: bf16, torch.float16: bf16}
+    with suppress(RuntimeError):  # this torch has no such product for this card
+        matmul[torch.int8] = _rate(operations, torch._int_mm, a, b)
     if sm >= 89:
         one, small = torch.ones((), device=device), [part.to(FP8) for part in (a, b)]
         scaled = lambda a, b: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
-        matmul[FP8] = _rate(operations, scaled, *small)
+        with suppress(RuntimeError):
+            matmul[FP8] = _rate(operations, scaled, *small)
     return Rates(memory, matmul)
 
 
