@@ -137,7 +137,9 @@ def _probe_cuda(device: str) -> Hardware:
     free, total = torch.cuda.mem_get_info(index)
     rated = rate_of(facts.name, sm, facts.multi_processor_count)
     fast = ("bfloat16", "float16") if sm >= 80 else ("float16",)
-    kernels = importlib.util.find_spec("triton") is not None  # without them 8-bit weights are multiplied in plain torch
+    kernels = (
+        importlib.util.find_spec("triton") is not None
+    )  # without them plain torch quantizes rows and multiplies int8
     rated = replace(rated, eight_bit=rated.eight_bit if kernels else {})
     return _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
 

@@ -6,6 +6,8 @@ units (on Hopper about 14 bits within one instruction chain), as inference libra
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,7 @@ def exact_gated(
     return (widen(residual) + widen(gate) * exact(x, x_scale, w, w_scale)[0],)
 
 
-def reference(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def reference(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A linear layer on quantized rows, rounded once.
 
     Args:
@@ -40,13 +40,11 @@ def reference(
         w: [N, K], the dtype of x, contiguous.
         w_scale: float32 [N].
         dtype: of the result: bf16, fp16 or fp32.
-        out: [B, T, N] in ``dtype``, channels contiguous, any other strides; written and returned where given.
 
     Returns:
-        [B, T, N] in ``dtype``.
+        [B, T, N] in ``dtype``, contiguous.
     """
-    result = exact(x, x_scale, w, w_scale)[0].to(dtype)
-    return result if out is None else out.copy_(result)
+    return exact(x, x_scale, w, w_scale)[0].to(dtype)
 
 
 def gated_reference(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
@@ -113,8 +111,15 @@ def load_triton_gated() -> Function:
     return linear_w8a8.linear_w8a8_gated
 
 
+def load_scaled_mm() -> Function:
+    """The fp8 matmul of torch's library."""
+    from .gpu import scaled_mm
+
+    return scaled_mm.linear_w8a8
+
+
 def load_library() -> Function:
-    """The matmul of torch's library, then the scales."""
+    """The int8 matmul of torch's library, then the scales."""
     from .gpu import library
 
     return library.linear_w8a8
@@ -165,7 +170,7 @@ OPS = (
         shapes=SHAPES,
         implementations=(
             Implementation("triton", load_triton, TRITON),
-            Implementation("scaled_mm", load_library, SCALED_MM),
+            Implementation("scaled_mm", load_scaled_mm, SCALED_MM),
             Implementation("int_mm", load_library, INT_MM),
             Implementation("reference", lambda: reference, REFERENCE),
         ),
@@ -182,7 +187,7 @@ OPS = (
         shapes=GATED_SHAPES,
         implementations=(
             Implementation("triton", load_triton_gated, TRITON),
-            Implementation("scaled_mm", load_library_gated, SCALED_MM, slack=2),
+            Implementation("scaled_mm", load_library_gated, replace(SCALED_MM, triton=True), slack=2),
             Implementation("int_mm", load_library_gated, INT_MM),
             Implementation("reference", lambda: gated_reference, REFERENCE),
         ),

@@ -34,23 +34,8 @@ def exact(
     return rotated(q, q_weight, cos, sin), rotated(k, k_weight, cos, sin)
 
 
-def exact_single(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, **_: object) -> tuple[Tensor]:
-    """The result before rounding."""
-    return (rotated(x, weight, cos, sin),)
-
-
-def single_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """RMSNorm and rotation of one tensor.
-
-    Args:
-        x: [B, T, H, d], bf16, fp16 or fp32; channels contiguous, any other strides.
-        weight: [d], any float dtype.
-        cos, sin: float32 [T, d / 2], one angle per pair of neighbouring channels.
-        out: [B, T, H, d], the dtype of x, channels contiguous; written and returned where given.
-
-    Returns:
-        [B, T, H, d], the dtype of x.
-    """
+def turned(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None) -> Tensor:
+    """One of q and k, rounded once."""
     result = rotated(x, weight, cos, sin).to(x.dtype)
     return result if out is None else out.copy_(result)
 
@@ -65,11 +50,18 @@ def reference(
     q_out: Tensor | None = None,
     k_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm and rotation of q and k, each as :func:`single_reference`; q and k have the same shape.
+    """RMSNorm and rotation of q and k.
 
-    Either both of ``q_out`` and ``k_out`` are given or neither.
+    Args:
+        q, k: [B, T, H, d], bf16, fp16 or fp32, of one shape and dtype; channels contiguous, any other strides.
+        q_weight, k_weight: [d], any float dtype.
+        cos, sin: float32 [T, d / 2], one angle per pair of neighbouring channels.
+        q_out, k_out: [B, T, H, d], the dtype of q, channels contiguous; written and returned where given. Both or neither.
+
+    Returns:
+        Two [B, T, H, d], the dtype of q.
     """
-    return single_reference(q, q_weight, cos, sin, q_out), single_reference(k, k_weight, cos, sin, k_out)
+    return turned(q, q_weight, cos, sin, q_out), turned(k, k_weight, cos, sin, k_out)
 
 
 def angles(case: Case, device: torch.device, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -79,22 +71,8 @@ def angles(case: Case, device: torch.device, draw: torch.Generator) -> tuple[Ten
     return turn.cos(), turn.sin()
 
 
-def single_inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator) -> Inputs:
-    """One tensor; where the case is strided it lies in a projection four times as wide. ``dims``: batch, tokens, heads,
-    head_dim."""
-    dims = case.dims
-    width = dims["heads"] * dims["head_dim"]
-    packed = rows(
-        Case("", {**dims, "width": 4 * width if case.strided else width}, case.strided), form.dtype, device, draw
-    )
-    cos, sin = angles(case, device, draw)
-    weight = 1 + 0.2 * torch.randn(dims["head_dim"], device=device, generator=draw)
-    x = packed[..., -width:].unflatten(-1, (dims["heads"], dims["head_dim"]))
-    return {"x": x, "weight": weight.to(form.dtype), "cos": cos, "sin": sin}
-
-
 def inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator) -> Inputs:
-    """q and k; the first two parts of a packed projection where the case is strided."""
+    """q and k; the first two parts of a packed projection where the case is strided. ``dims``: batch, tokens, heads, head_dim."""
     dims = case.dims
     width = dims["heads"] * dims["head_dim"]
     packed = rows(
@@ -106,31 +84,18 @@ def inputs(case: Case, form: Format, device: torch.device, draw: torch.Generator
     return {"q": q, "k": k, "q_weight": weights[0], "k_weight": weights[1], "cos": cos, "sin": sin}
 
 
-def single_cost(dims: Dims, form: Format) -> Cost:
-    """The tensor in and out, the weight, and the tables once for all heads."""
-    elements = product(dims, "batch", "tokens", "heads", "head_dim")
-    tables = 4 * product(dims, "tokens", "head_dim")
-    return Cost((2 * elements + dims["head_dim"]) * size_of(form.dtype) + tables, FLOPS_AN_ELEMENT * elements)
-
-
 def cost(dims: Dims, form: Format) -> Cost:
-    """Twice the single cost, with the tables read once."""
-    one = single_cost(dims, form)
-    return Cost(2 * one.bytes - 4 * product(dims, "tokens", "head_dim"), 2 * one.flops)
+    """q and k in and out, their weights, and the tables once for all heads of both."""
+    elements = 2 * product(dims, "batch", "tokens", "heads", "head_dim")
+    tables = 4 * product(dims, "tokens", "head_dim")
+    return Cost((2 * elements + 2 * dims["head_dim"]) * size_of(form.dtype) + tables, FLOPS_AN_ELEMENT * elements)
 
 
 def load_triton() -> Function:
-    """Import the Triton implementation for q and k."""
+    """Import the Triton implementation."""
     from .gpu import qk_norm_rope
 
     return qk_norm_rope.qk_norm_rope
-
-
-def load_triton_single() -> Function:
-    """Import the Triton implementation for one tensor."""
-    from .gpu import qk_norm_rope
-
-    return qk_norm_rope.norm_rope
 
 
 CASES = (
@@ -144,7 +109,6 @@ SHAPES = tuple(
     for name, m in MODELS.items()
 )
 RULES = (power_of_two("head_dim", 16, 256),)
-TRITON = Constraint(FLOATS, sm=80, triton=True, rules=RULES)
 
 OPS = (
     Op(
@@ -158,23 +122,8 @@ OPS = (
         cases=CASES,
         shapes=SHAPES,
         implementations=(
-            Implementation("triton", load_triton, TRITON),
+            Implementation("triton", load_triton, Constraint(FLOATS, sm=80, triton=True, rules=RULES)),
             Implementation("reference", lambda: reference, Constraint(FLOATS)),
-        ),
-    ),
-    Op(
-        name="norm_rope",
-        reference=single_reference,
-        exact=exact_single,
-        outputs=("dense",),
-        formats=tuple(map(Format, FLOATS)),
-        inputs=single_inputs,
-        cost=single_cost,
-        cases=CASES,
-        shapes=SHAPES,
-        implementations=(
-            Implementation("triton", load_triton_single, TRITON),
-            Implementation("reference", lambda: single_reference, Constraint(FLOATS)),
         ),
     ),
 )

@@ -27,7 +27,7 @@ from flux2_kernels.tables import table
 from torch import Tensor
 
 META = torch.device("meta")
-SIZES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "HEADS", "HADAMARD", "TOTAL", "GATED")
+SIZES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "HEADS", "HADAMARD", "TOTAL", "GATED", "PARTS")
 SHARED_KERNELS = {
     "linear_w8a8_int8": "linear_w8a8",
     "linear_w8a8_fp8": "linear_w8a8",
@@ -72,14 +72,9 @@ def residual_norm(i: Inputs, at: int) -> Launch:
     return gated_residual.launch_norm(i["x"], i["gate"], i["y"], modulation, like(i["x"]), out, at)
 
 
-def rope_pair(i: Inputs, at: int) -> Launch:
+def rope(i: Inputs, at: int) -> Launch:
     q, k = ((i[n], i[f"{n}_weight"], torch.empty(i[n].shape, dtype=i[n].dtype, device=META)) for n in ("q", "k"))
     return qk_norm_rope.launch(q, k, i["cos"], i["sin"], at)
-
-
-def rope(i: Inputs, at: int) -> Launch:
-    part = (i["x"], i["weight"], torch.empty(i["x"].shape, dtype=i["x"].dtype, device=META))
-    return qk_norm_rope.launch(part, part, i["cos"], i["sin"], at)
 
 
 def activation(i: Inputs, at: int) -> Launch:
@@ -123,8 +118,7 @@ BUILD: dict[tuple[str, str], Build] = {
     ("gated_residual", "triton"): residual,
     ("gated_residual_norm", "triton"): residual_norm,
     ("gated_residual_norm_quantized", "triton"): residual_norm,
-    ("qk_norm_rope", "triton"): rope_pair,
-    ("norm_rope", "triton"): rope,
+    ("qk_norm_rope", "triton"): rope,
     ("swiglu", "triton"): activation,
     ("swiglu_quantized", "triton"): activation_quantized,
     ("quantize_rows", "triton"): rows,
@@ -143,6 +137,7 @@ def cases(op: Op) -> Iterator[Case]:
     dims = op.shapes[0].dims
     if op.name.startswith("linear"):
         yield Case("text", {**dims, "tokens": 512})
+        yield from (Case(f"uneven-{t}", {**dims, "tokens": t, "n": 6152}) for t in (dims["tokens"], 512))
     if "width" in dims:
         yield Case("widest", {**dims, "width": 32768 if op.name == "quantize_rows" else 16384})
         yield Case("narrow", {**dims, "width": 2048})

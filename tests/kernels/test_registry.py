@@ -26,6 +26,30 @@ def test_importing_the_package_imports_no_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+from flux2_kernels import OPS, Place, choose
+for sm in (0, 75, 80, 86, 89, 90, 100, 120):
+    for op in OPS.values():
+        for form in op.formats:
+            for case in (*op.cases, *op.shapes):
+                choice = choose(op.name, Place("cuda" if sm else "cpu", sm), form, case.dims)
+                assert callable(choice.function)
+                if choice.implementation != "reference":
+                    print(sm, op.name, choice.implementation, form)
+"""
+
+
+def test_what_is_chosen_without_triton_can_be_imported() -> None:
+    """torch brings Triton not everywhere. One product needs none: of fp8 rows, by torch's library."""
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=path)
+    assert ran.returncode == 0, ran.stderr
+    found = {tuple(line.split()) for line in ran.stdout.splitlines()}
+    assert found == {(str(sm), "linear_w8a8", "scaled_mm", str(E4M3)) for sm in SMS if sm >= 89}
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_the_reference_runs_everywhere_and_comes_last(op: Op) -> None:
     assert op.implementations[-1].name == "reference"

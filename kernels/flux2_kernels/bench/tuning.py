@@ -98,7 +98,7 @@ def groups(kernel: str, sm: int) -> list[Group]:
     if kernel == "scale":
         return [Group({}, _shapes(("linear_w8a8", "linear_w8a8_gated"), INT8))]
     form = INT8 if kernel in ("swiglu_quantized", "linear_w4a8") else BF16
-    return [Group({}, _shapes(("qk_norm_rope", "norm_rope") if kernel == "qk_norm_rope" else (kernel,), form))]
+    return [Group({}, _shapes((kernel,), form))]
 
 
 def _shapes(names: Sequence[str], form: Format) -> tuple[Problem, ...]:

@@ -1,1 +1,1 @@
-"""The Triton implementations; importing a module here imports Triton and registers its torch ops."""
+"""The Triton implementations; importing a module here but ``operands`` and ``scaled_mm`` imports Triton and registers its ops."""

@@ -8,18 +8,9 @@ from torch import Tensor
 from .. import modulated_norm as norm_op
 from ..tables import config_of
 from . import blocks
-from .launch import (
-    DEVICES,
-    Launch,
-    batch_stride,
-    check_modulation,
-    check_rows,
-    empty_quantized,
-    options_of,
-    require,
-    sm,
-)
+from .launch import DEVICES, Launch, batch_stride, empty_quantized, options_of, sm
 from .modulated_norm import quantization
+from .operands import check_modulation, check_rows, require
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 
 from ..constraint import sm_of
+from ..quantize_rows import LARGEST
+from .operands import require
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICES = ("cpu", "cuda") if INTERPRETED else "cuda"
@@ -57,33 +59,12 @@ def options_of(config: Any) -> dict[str, Any]:
     return {name: config[name] for name in ("num_warps", "num_stages") if name in config} | {"enable_fp_fusion": True}
 
 
-def require(condition: bool, what: str) -> None:
-    """Raise ValueError(what) unless the condition holds; ops call it on shapes and strides, which trace as constants."""
-    if not condition:
-        raise ValueError(what)
-
-
-def check_rows(**tensors: Tensor | None) -> None:
-    """Each tensor's last dimension must be contiguous in memory (or of size one)."""
-    for name, x in tensors.items():
-        if x is not None:
-            require(x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} must be contiguous in its last dimension")
-
-
-def check_modulation(x: Tensor, **parts: Tensor) -> None:
-    """Each part of a modulation must be [B, 1, D] or [1, 1, D] beside x [B, T, D]."""
-    require(x.ndim == 3, f"x must be [B, T, D], not {tuple(x.shape)}")
-    for name, part in parts.items():
-        fits = part.ndim == 3 and part.shape[0] in (1, x.shape[0]) and tuple(part.shape[1:]) == (1, x.shape[2])
-        require(fits, f"{name} must be [B, 1, D] or [1, 1, D] beside x {tuple(x.shape)}, not {tuple(part.shape)}")
-    check_rows(x=x, **parts)
-
-
 def batch_stride(part: Tensor) -> int:
     """The step from one picture to the next; 0 where one row serves all."""
     return part.stride(0) if part.shape[0] > 1 else 0
 
 
 def empty_quantized(x: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for values [..., width] and scales [..., 1] of the rows of ``x``."""
+    """Room for values [..., width] and scales [..., 1] of the rows of ``x``; ValueError for a dtype that rows cannot have."""
+    require(dtype in LARGEST, f"rows can be quantized to {' or '.join(map(str, LARGEST))}, not to {dtype}")
     return x.new_empty((*x.shape[:-1], width), dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

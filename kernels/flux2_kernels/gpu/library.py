@@ -1,6 +1,7 @@
-"""The int8 and fp8 matmuls of torch's libraries, with what they leave out around them.
+"""What the matmuls of torch's libraries leave out, in Triton.
 
-``torch._scaled_mm`` applies both scales itself. ``torch._int_mm`` returns int32 sums: a Triton kernel scales, gates and adds.
+``torch._int_mm`` returns int32 sums: a kernel scales, gates and adds. ``torch._scaled_mm`` applies both scales itself (see
+``scaled_mm.py``), and ``gated_residual`` follows it.
 """
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ..constraint import FP8
 from ..tables import config_of
+from . import scaled_mm
 from .gated_residual import gated_residual
-from .launch import DEVICES, Launch, batch_stride, options_of, require, sm
-from .linear_w8a8 import check, finish
+from .launch import DEVICES, Launch, batch_stride, options_of, sm
+from .linear_w8a8 import finish
+from .operands import check_w8a8
 
 
 @triton.jit
@@ -26,8 +29,6 @@ def scale_kernel(
     rows,
     columns,
     tokens,
-    out_batch,
-    out_token,
     gate_batch,
     residual_batch,
     residual_token,
@@ -42,7 +43,7 @@ def scale_kernel(
     sums = tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None], other=0, eviction_policy="evict_first")
     finish(
         sums, row, column, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-        out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED,
+        gate_batch, residual_batch, residual_token, GATED, SHARED,
     )  # fmt: skip
 
 
@@ -62,8 +63,6 @@ def launch(
         "rows": total.shape[0],
         "columns": total.shape[1],
         "tokens": out.shape[1],
-        "out_batch": out.stride(0),
-        "out_token": out.stride(1),
         "gate_batch": 0 if gate is None else batch_stride(gate),
         "residual_batch": 0 if residual is None else residual.stride(0),
         "residual_token": 0 if residual is None else residual.stride(1),
@@ -89,37 +88,20 @@ def _(
     return None
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _fp8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    require(dtype == torch.bfloat16, f"row-wise scales go with a bfloat16 result, not {dtype}")
-    result = torch._scaled_mm(
-        _flat(x), w.t(), scale_a=_flat(x_scale), scale_b=w_scale[None], out_dtype=dtype, use_fast_accum=True
-    )
-    return result.unflatten(0, x.shape[:-1])
-
-
-def linear_w8a8(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """As :func:`flux2_kernels.linear_w8a8.reference`."""
-    check(x, x_scale, w, w_scale)
-    if x.dtype == FP8:
-        result = _fp8(x, x_scale, w, w_scale, dtype)
-        return result if out is None else out.copy_(result)
-    result = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) if out is None else out
-    torch.ops.flux2_kernels.scale_sums(torch._int_mm(_flat(x), w.t()), x_scale, w_scale, None, None, result)
-    return result
+def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As :func:`flux2_kernels.linear_w8a8.reference`, for int8 rows."""
+    check_w8a8(x, x_scale, w, w_scale)
+    out = x.new_empty((*x.shape[:2], w.shape[0]), dtype=dtype)
+    torch.ops.flux2_kernels.scale_sums(torch._int_mm(x.flatten(0, 1), w.t()), x_scale, w_scale, None, None, out)
+    return out
 
 
 def linear_w8a8_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     """As :func:`flux2_kernels.linear_w8a8.gated_reference`, except that fp8 sums are rounded to bfloat16 in between."""
-    check(x, x_scale, w, w_scale)
     if x.dtype == FP8:
-        return gated_residual(residual, gate, _fp8(x, x_scale, w, w_scale, residual.dtype))
+        return gated_residual(residual, gate, scaled_mm.linear_w8a8(x, x_scale, w, w_scale, residual.dtype))
+    check_w8a8(x, x_scale, w, w_scale)
     out = x.new_empty(residual.shape, dtype=residual.dtype)
-    total = torch._int_mm(_flat(x), w.t())
+    total = torch._int_mm(x.flatten(0, 1), w.t())
     torch.ops.flux2_kernels.scale_sums(total, x_scale, w_scale, gate, residual, out)
     return out

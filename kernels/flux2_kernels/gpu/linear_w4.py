@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constraint import HALF
 from ..linear_w4 import GROUPS, group_of
 from ..tables import Config, config_of
-from .launch import DEVICES, Launch, options_of, require, sm
-from .linear_w8a8 import check_evenly_spaced, tile_of
+from .launch import DEVICES, Launch, options_of, sm
+from .linear_w8a8 import tile_of
+from .operands import check_evenly_spaced, require
 
 
 @triton.jit
@@ -97,6 +99,9 @@ def _room(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, dtype: 
     fits = fits and group_of(w, w_scale) in GROUPS
     require(fits, f"w_scale must be [N, K / group] with a group of {GROUPS}, not {tuple(w_scale.shape)}")
     require(w.is_contiguous() and w_scale.is_contiguous(), "w and w_scale must be contiguous")
+    wanted = HALF if x_scale is None else (torch.int8,)
+    require(x.dtype in wanted, f"x must be {' or '.join(map(str, wanted))}, not {x.dtype}")
+    require(w.dtype == torch.int8, f"w must be packed pairs in int8, not {w.dtype}")
     check_evenly_spaced(x, x_scale)
     return x.new_empty((*x.shape[:2], w.shape[0]), dtype=dtype)
 

@@ -15,11 +15,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..constraint import FP8
 from ..tables import Config, config_of
-from .launch import DEVICES, Launch, batch_stride, check_rows, options_of, require, sm
+from .launch import DEVICES, Launch, batch_stride, options_of, sm
+from .operands import check_rows, check_w8a8, require
 
 PROGRAMS_OFF_CUDA = 4
 GATED_COLUMNS = 32  # that an epilogue with a gate takes at once
-FARTHEST_ROW = 2**22  # offsets inside a tile of up to 256 rows have 32 bits
 
 
 @triton.jit
@@ -45,8 +45,6 @@ def finish(
     rows,
     columns,
     tokens,
-    out_batch,
-    out_token,
     gate_batch,
     residual_batch,
     residual_token,
@@ -61,15 +59,15 @@ def finish(
         * tl.load(w_scale + column, mask=across, other=0.0)[None]
     )
     values = total.to(tl.float32) * factor
-    batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     if GATED:
+        batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
         if SHARED:
             opened = tl.load(gate + column, mask=across, other=0.0).to(tl.float32)[None]
         else:
             opened = tl.load(gate + (batch * gate_batch)[:, None] + column[None], mask=keep, other=0.0).to(tl.float32)
         at = residual + (batch * residual_batch + token * residual_token)[:, None] + column[None]
         values = tl.load(at, mask=keep, other=0.0).to(tl.float32) + opened * values
-    at = out + (batch * out_batch + token * out_token)[:, None] + column[None]
+    at = out + row.to(tl.int64)[:, None] * columns + column[None]
     tl.store(at, values.to(out.dtype.element_ty), mask=keep)
 
 
@@ -86,8 +84,6 @@ def finish_in_parts(
     rows,
     columns,
     tokens,
-    out_batch,
-    out_token,
     gate_batch,
     residual_batch,
     residual_token,
@@ -100,18 +96,18 @@ def finish_in_parts(
     if PARTS == 1:
         finish(
             total, row, start + tl.arange(0, WIDTH), x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED,
+            gate_batch, residual_batch, residual_token, GATED, SHARED,
         )  # fmt: skip
     else:
         halves = tl.permute(tl.reshape(total, (total.shape[0], 2, WIDTH // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         finish_in_parts(
             left, row, start, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
+            gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
         )  # fmt: skip
         finish_in_parts(
             right, row, start + WIDTH // 2, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
+            gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS // 2,
         )  # fmt: skip
 
 
@@ -129,8 +125,6 @@ def linear_w8a8_kernel(
     depth,
     tokens,
     x_row,
-    out_batch,
-    out_token,
     gate_batch,
     residual_batch,
     residual_token,
@@ -167,7 +161,7 @@ def linear_w8a8_kernel(
         w += BLOCK_K
     finish_in_parts(
         total, row, tile_n * BLOCK_N, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-        out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
+        gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
     )  # fmt: skip
 
 
@@ -184,8 +178,6 @@ def linear_w8a8_descriptor_kernel(
     columns,
     depth,
     tokens,
-    out_batch,
-    out_token,
     gate_batch,
     residual_batch,
     residual_token,
@@ -209,7 +201,7 @@ def linear_w8a8_descriptor_kernel(
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         finish_in_parts(
             total, row, tile_n * BLOCK_N, x_scale, w_scale, out, gate, residual, rows, columns, tokens,
-            out_batch, out_token, gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
+            gate_batch, residual_batch, residual_token, GATED, SHARED, PARTS,
         )  # fmt: skip
 
 
@@ -246,8 +238,6 @@ def launch(
         "columns": columns,
         "depth": depth,
         "tokens": tokens,
-        "out_batch": out.stride(0),
-        "out_token": out.stride(1),
         "gate_batch": 0 if gate is None else batch_stride(gate),
         "residual_batch": 0 if residual is None else residual.stride(0),
         "residual_token": 0 if residual is None else residual.stride(1),
@@ -255,9 +245,9 @@ def launch(
     constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
     constants |= {"TOTAL": tl.int32 if values.dtype == torch.int8 else tl.float32, "GATED": gate is not None}
     constants["SHARED"] = gate is None or gate.shape[0] == 1
-    whole = gate is None and out.element_size() <= 2
+    whole = gate is None and out.element_size() <= 2 and columns % 16 == 0  # what spills no registers
     constants["PARTS"] = 1 if whole else max(config["BLOCK_N"] // GATED_COLUMNS, 1)
-    if not config.get("descriptors"):
+    if not (config.get("descriptors") and aligned(values) and aligned(weights)):
         arguments["x_row"] = values.stride(1)
         constants["EVEN"] = depth % config["BLOCK_K"] == 0
         return Launch(linear_w8a8_kernel, (tiles,), arguments, constants, options_of(config), values.device)
@@ -268,37 +258,19 @@ def launch(
     return Launch(linear_w8a8_descriptor_kernel, grid, arguments, constants, options_of(config), values.device)
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether the rows of ``x`` (8-bit) start at multiples of 16 bytes, as descriptors want them."""
+    return x.data_ptr() % 16 == 0 and x.stride(-2) % 16 == 0
+
+
 def kept_config(x: Tensor, w: Tensor, at: int) -> Config:
     """The configuration of SM ``at`` for rows ``x`` [B, T, K] and weights ``w`` [N, K]."""
     kernel = "linear_w8a8_fp8" if x.dtype == FP8 else "linear_w8a8_int8"
     return config_of(at, kernel, rows=x.shape[0] * x.shape[1], n=w.shape[0], k=w.shape[1])
 
 
-def check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> None:
-    """ValueError unless the operands are as :func:`flux2_kernels.linear_w8a8.reference` wants them."""
-    require(x.ndim == 3 and w.ndim == 2, f"x must be [B, T, K] and w [N, K], not {tuple(x.shape)} and {tuple(w.shape)}")
-    require(x.dtype == w.dtype, f"x ({x.dtype}) and w ({w.dtype}) must have one dtype")
-    require(x.shape[2] == w.shape[1], f"x has {x.shape[2]} channels and w takes {w.shape[1]}")
-    require(w.shape[1] % 16 == 0, f"channels must be a multiple of 16, not {w.shape[1]}")
-    require(w.is_contiguous(), "w must be contiguous")
-    require(tuple(w_scale.shape) == (w.shape[0],) and w_scale.is_contiguous(), f"w_scale must be [{w.shape[0]}]")
-    check_evenly_spaced(x, x_scale)
-
-
-def check_evenly_spaced(x: Tensor, x_scale: Tensor | None = None) -> None:
-    """The rows of x [B, T, K] must follow one another at one step, as one matrix; scales must be float32 [B, T, 1]."""
-    check_rows(x=x)
-    require(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1), "the rows of x must be evenly spaced in memory")
-    require(
-        x.stride(1) <= FARTHEST_ROW, f"the rows of x may lie at most {FARTHEST_ROW} elements apart, not {x.stride(1)}"
-    )
-    if x_scale is not None:
-        fits = tuple(x_scale.shape) == (*x.shape[:2], 1) and x_scale.is_contiguous() and x_scale.dtype == torch.float32
-        require(fits, f"x_scale must be contiguous float32 {(*x.shape[:2], 1)}, not {tuple(x_scale.shape)}")
-
-
 def _room(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    check(x, x_scale, w, w_scale)
+    check_w8a8(x, x_scale, w, w_scale)
     return x.new_empty((*x.shape[:2], w.shape[0]), dtype=dtype)
 
 
@@ -312,24 +284,6 @@ def _linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: 
 @_linear_w8a8.register_fake
 def _(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return _room(x, x_scale, w, w_scale, dtype)
-
-
-def _check_out(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor) -> None:
-    check(x, x_scale, w, w_scale)
-    check_rows(out=out)
-    shape = (*x.shape[:2], w.shape[0])
-    require(tuple(out.shape) == shape, f"out must be {shape}, not {tuple(out.shape)}")
-
-
-@torch.library.custom_op("flux2_kernels::linear_w8a8_out", mutates_args=("out",), device_types=DEVICES)
-def _linear_w8a8_out(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor) -> None:
-    _check_out(x, x_scale, w, w_scale, out)
-    launch((x, x_scale), (w, w_scale), out, None, kept_config(x, w, sm(x))).run()
-
-
-@_linear_w8a8_out.register_fake
-def _(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor) -> None:
-    _check_out(x, x_scale, w, w_scale, out)
 
 
 def _room_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
@@ -355,16 +309,10 @@ def _(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, resi
     return _room_gated(x, x_scale, w, w_scale, gate, residual)
 
 
-def linear_w8a8(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As :func:`flux2_kernels.linear_w8a8.reference`."""
-    if out is None:
-        result: Tensor = torch.ops.flux2_kernels.linear_w8a8(x, x_scale, w, w_scale, dtype)
-        return result
-    require(out.dtype == dtype, f"out is {out.dtype} and {dtype} was asked for")
-    torch.ops.flux2_kernels.linear_w8a8_out(x, x_scale, w, w_scale, out)
-    return out
+    result: Tensor = torch.ops.flux2_kernels.linear_w8a8(x, x_scale, w, w_scale, dtype)
+    return result
 
 
 def linear_w8a8_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from .. import modulated_norm as op
 from ..quantize_rows import LARGEST, SMALLEST_ROW
 from ..tables import config_of
 from . import blocks
-from .launch import DEVICES, Launch, batch_stride, check_modulation, empty_quantized, options_of, sm
+from .launch import DEVICES, Launch, batch_stride, empty_quantized, options_of, sm
+from .operands import check_modulation
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def quantization(wanted: bool, dtype: torch.dtype) -> dict[str, object]:
     return {
         "QUANTIZE": wanted,
         "INTEGER": dtype == torch.int8,
-        "LARGEST": LARGEST.get(dtype, 1.0),
+        "LARGEST": LARGEST[dtype] if wanted else 1.0,
         "FLOOR": SMALLEST_ROW,
     }
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import qk_norm_rope as op
 from ..tables import config_of
-from .launch import DEVICES, Launch, check_rows, options_of, require, sm
+from .launch import DEVICES, Launch, options_of, sm
+from .operands import check_rows, require
 
 
 @triton.jit
@@ -72,7 +73,7 @@ Part = tuple[Tensor, Tensor, Tensor]
 
 
 def launch(q: Part, k: Part, cos: Tensor, sin: Tensor, at: int) -> Launch:
-    """The launch for both parts, or for q alone where ``k is q``, with the configuration of SM ``at``."""
+    """The launch for both parts, with the configuration of SM ``at``."""
     batch, tokens, heads, dim = q[0].shape
     config = config_of(at, "qk_norm_rope", head_dim=dim)
     block = min(config["HEADS"], triton.next_power_of_2(heads))
@@ -83,7 +84,7 @@ def launch(q: Part, k: Part, cos: Tensor, sin: Tensor, at: int) -> Launch:
             arguments |= {f"{name}_{what}": x.stride(axis), f"{name}_out_{what}": out.stride(axis)}
     return Launch(
         qk_norm_rope_kernel,
-        (batch * tokens, 1 if k is q else 2, triton.cdiv(heads, block)),
+        (batch * tokens, 2, triton.cdiv(heads, block)),
         arguments,
         {"EPS": op.EPS, "HEADS": block, "DIM": dim},
         options_of(config),
@@ -108,32 +109,6 @@ def _check_pair(q: Tensor, k: Tensor, *rest: Tensor) -> None:
     require(q.shape == k.shape and q.dtype == k.dtype, "q and k must have one shape and dtype")
     _check(q, q_weight, cos, sin, q_out)
     _check(k, k_weight, cos, sin, k_out)
-
-
-@torch.library.custom_op("flux2_kernels::norm_rope_out", mutates_args=("out",), device_types=DEVICES)
-def _norm_rope_out(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    _check(x, weight, cos, sin, out)
-    part = (x, weight, out)
-    launch(part, part, cos, sin, sm(x)).run()
-
-
-@_norm_rope_out.register_fake
-def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    _check(x, weight, cos, sin, out)
-
-
-@torch.library.custom_op("flux2_kernels::norm_rope", mutates_args=(), device_types=DEVICES)
-def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check(x, weight, cos, sin, None)
-    part = (x, weight, x.new_empty(x.shape))
-    launch(part, part, cos, sin, sm(x)).run()
-    return part[2]
-
-
-@_norm_rope.register_fake
-def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check(x, weight, cos, sin, None)
-    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("flux2_kernels::qk_norm_rope_out", mutates_args=("q_out", "k_out"), device_types=DEVICES)
@@ -166,15 +141,6 @@ def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     _check_pair(q, k, q_weight, k_weight, cos, sin, q_out, k_out)
     return q_out, k_out
-
-
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """As :func:`flux2_kernels.qk_norm_rope.single_reference`."""
-    if out is None:
-        result: Tensor = torch.ops.flux2_kernels.norm_rope(x, weight, cos, sin)
-        return result
-    torch.ops.flux2_kernels.norm_rope_out(x, weight, cos, sin, out)
-    return out
 
 
 def qk_norm_rope(

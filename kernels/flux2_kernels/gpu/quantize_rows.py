@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..tables import config_of
 from . import blocks
-from .launch import DEVICES, Launch, check_rows, empty_quantized, options_of, require, sm
+from .launch import DEVICES, Launch, empty_quantized, options_of, sm
 from .modulated_norm import quantization
+from .operands import check_rows, require
 
 
 @triton.jit

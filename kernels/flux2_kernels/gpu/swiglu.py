@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..tables import config_of
 from . import blocks
-from .launch import DEVICES, Launch, check_rows, empty_quantized, options_of, require, sm
+from .launch import DEVICES, Launch, empty_quantized, options_of, sm
 from .modulated_norm import quantization
+from .operands import check_rows, require
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def _check(x: Tensor, out: Tensor | None = None, left: Tensor | None = None) -> 
     require(x.ndim == 3 and x.shape[2] % 2 == 0, f"x must be [B, T, 2M], not {tuple(x.shape)}")
     shape = (*x.shape[:2], x.shape[2] // 2)
     require(out is None or (tuple(out.shape) == shape and out.dtype == x.dtype), f"out must be {shape} in x's dtype")
-    require(left is None or left.shape[:2] == x.shape[:2], "left must have the rows of x")
+    fits = left is None or (left.ndim == 3 and left.shape[:2] == x.shape[:2] and left.dtype == x.dtype)
+    require(fits, f"left must be [B, T, L] with the rows of x, {tuple(x.shape[:2])}, in {x.dtype}")
     check_rows(x=x, out=out, left=left)
 
 
