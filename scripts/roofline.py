@@ -4,9 +4,10 @@
     python scripts/roofline.py --device rtx-4090   # one device
     python scripts/roofline.py --csv               # the same table for a program
 
-No device is needed: the figures come from the ops' own counts and the vendors' data sheets times the share that large
-matmuls reach (`efficiency`). A device cannot be faster than its roofline; `scripts/gpu.py` measures how near a card comes. On
-CPUs and Apple's chips, which run the ops as torch's own operators, it says what fusing them as the kernels do would leave.
+No device is needed: the figures come from the ops' own counts and the vendors' data sheets, each product's rate times the share
+of it that large matmuls reach. Where the file does not say that a share was measured it is assumed, and a device may be faster
+than its time here by as much as it exceeds that share; `scripts/gpu.py` measures a card's own. On CPUs and Apple's chips, which
+run the ops as torch's own operators, it says what fusing them as the kernels do would leave.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,18 +26,29 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 
 from flux2_kernels import OPS, Case, Format, Op  # noqa: E402
-from flux2_kernels.rates import Rates, rates_of  # noqa: E402
+from flux2_kernels.constraint import FP8  # noqa: E402
+from flux2_kernels.rates import Rates  # noqa: E402
 
 DEVICES = ROOT / "configs" / "devices.toml"
+PRODUCTS = {
+    torch.bfloat16: ("tflops", "efficiency"),
+    torch.float16: ("tflops", "efficiency"),
+    torch.int8: ("int8_tops", "int8_efficiency"),
+    FP8: ("fp8_tflops", "fp8_efficiency"),
+}
+"""The file's names for the rate of each product's units and the share that is reached."""
 
 
 def devices() -> dict[str, Rates]:
-    """The rates of each device by its name in the file, which gives int8 and fp8 products only through a card's SM."""
+    """The rates of each device by its name in the file."""
     table = tomllib.loads(DEVICES.read_text("utf-8"))
-    return {
-        name: rates_of(row.get("sm", 0), row["tflops"] * row["efficiency"] * 1e12, row["memory_gbs"] * 1e9)
-        for name, row in table.items()
-    }
+    return {name: rates_of(row) for name, row in table.items()}
+
+
+def rates_of(row: dict[str, Any]) -> Rates:
+    """The rates that a device of the file reaches; without those of products that it does not give."""
+    reached = {dtype: 1e12 * row[rate] * row[share] for dtype, (rate, share) in PRODUCTS.items() if rate in row}
+    return Rates(row["memory_gbs"] * 1e9, reached)
 
 
 def problems() -> Iterator[tuple[Op, Format, Case]]:

@@ -167,13 +167,13 @@ def compilations(sm: int) -> list[Compilation]:
 
 
 def representative(everything: list[Compilation]) -> list[Compilation]:
-    """One launch for each kernel and configuration: in bf16, and of those the last, which has the most in its epilogue."""
+    """One launch for each kernel and configuration: in bf16 where it is used there, and of those the last, which has the most in
+    its epilogue."""
     chosen: dict[tuple[Any, ...], Compilation] = {}
-    for one in everything:
-        if one.label.startswith("bfloat16"):
-            sizes = (f"{name} {value}" for name, value in one.launch.constants.items() if name in SIZES)
-            options = (f"{name} {value}" for name, value in one.launch.options.items())
-            chosen[(one.kernel, *sizes, *options)] = one
+    for one in sorted(everything, key=lambda one: one.label.startswith("bfloat16")):
+        sizes = (f"{name} {value}" for name, value in one.launch.constants.items() if name in SIZES)
+        options = (f"{name} {value}" for name, value in one.launch.options.items())
+        chosen[(one.kernel, *sizes, *options)] = one
     return list(chosen.values())
 
 

@@ -60,6 +60,7 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert record["failed"] == [] and record["checks"] > 100
     tuned = json.loads((tmp_path / record["tuned"]).read_text())
     assert tuned["measured_on"] == "dry run" and tuned["configs"]["linear_w4a8"][0]["BLOCK_M"] > 0
+    assert [entry.get("equal") for entry in tuned["configs"]["modulated_norm"]] == [{"size": 4}, None, None, None]
     assert sorted(tuned["order"]["linear_w8a8"]["int8"]) == ["int_mm", "triton"]
     assert (sorted(p.name for p in (ROOT / "benchmarks").rglob("*")) if (ROOT / "benchmarks").exists() else []) == kept
 

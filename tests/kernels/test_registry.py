@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, place_of, reasons
+from flux2_kernels.bench.tuning import groups
 from flux2_kernels.constraint import FP8
 from flux2_kernels.shapes import MODELS
 from flux2_kernels.tables import config_of, imposed, kept_sms, nearest, order_of, table
@@ -158,6 +159,16 @@ def test_the_first_entry_that_fits_is_taken() -> None:
     with imposed("modulated_norm", {"num_warps": 2}):
         assert config_of(80, "modulated_norm", width=16384) == {"num_warps": 2}
     assert config_of(80, "modulated_norm", width=16384)["num_warps"] == entries[-1]["num_warps"]
+
+
+@pytest.mark.parametrize("kernel", ["modulated_norm", "gated_residual_norm", "quantize_rows"])
+def test_rows_in_registers_are_tuned_in_float32_too(kernel: str) -> None:
+    """Which takes twice as many: the entry is for the widest row, that none spills."""
+    first, *rest = groups(kernel, 89)
+    assert first.condition == {"equal": {"size": 4}} and not any("equal" in group.condition for group in rest)
+    assert {form.dtype for _, form, _ in first.problems} == {torch.float32}
+    widest = rest[-1].problems[0][2]
+    assert [case for *_, case in first.problems] == [widest] * len(first.problems)
 
 
 def test_costs_by_hand() -> None:

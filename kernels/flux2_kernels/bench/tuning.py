@@ -106,12 +106,15 @@ def _shapes(names: Sequence[str], form: Format) -> tuple[Problem, ...]:
 
 
 def _by_width(names: Sequence[str], widest: int) -> list[Group]:
-    def problems(width: int) -> tuple[Problem, ...]:
+    def problems(width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Problem, ...]:
         case = Case(f"width-{width}", {**OPS[names[0]].shapes[0].dims, "width": width})
-        return tuple((name, INT8 if INT8 in OPS[name].formats else BF16, case) for name in names)
+        quantized = (INT8.quantized if INT8 in OPS[name].formats else None for name in names)
+        return tuple((name, Format(dtype, kind), case) for name, kind in zip(names, quantized, strict=True))
 
+    float32 = Group({"equal": {"size": 4}}, problems(widest, torch.float32))  # twice the registers: it must not spill
     conditions: list[dict[str, Any]] = [{"at_most": {"width": 4096}}, {"at_most": {"width": 8192}}, {}]
-    return [Group(given, problems(width)) for given, width in zip(conditions, (3072, 6144, widest), strict=True)]
+    widths = zip(conditions, (3072, 6144, widest), strict=True)
+    return [float32, *(Group(given, problems(width)) for given, width in widths)]
 
 
 @contextmanager
@@ -166,7 +169,7 @@ class Tuner:
             if self.sound(kernel, config, group):
                 self.progress(f"{kernel} {group.condition}: {config}, {milliseconds:.3f} ms")
                 return {**group.condition, **config}
-        dims = {**group.problems[0][2].dims, **group.condition.get("at_most", {})}
+        dims = {**group.problems[0][2].dims, **group.condition.get("at_most", {}), **group.condition.get("equal", {})}
         return {**group.condition, **config_of(self.place.sm, kernel, **dims)}
 
     def implementation(self, kernel: str) -> str:
