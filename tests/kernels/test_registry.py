@@ -85,6 +85,13 @@ def test_every_model_shape_has_a_kernel_on_every_sm(op: Op) -> None:
         ("quantize_rows", card(90), INT8, {"hadamard": 128, "width": 100}, "multiple of hadamard"),
         ("quantize_rows", card(86), E4M3, {}, "compute capability 8.9"),
         ("linear_w8a8", card(90), INT8, {"k": 100}, "k must be a multiple of 16"),
+        (
+            "linear_w4a16",
+            card(90),
+            Format(torch.bfloat16),
+            {"group": 128, "k": 128, "n": 40},
+            "n must be a multiple of 16",
+        ),
         ("linear_w4a16", card(90), Format(torch.bfloat16), {"group": 32}, "group must be one of 64, 128"),
         ("linear_w4a16", card(90), Format(torch.bfloat16), {"group": 128, "k": 192}, "k must be a multiple of group"),
     ],

@@ -247,20 +247,24 @@ def launch(
     constants["SHARED"] = gate is None or gate.shape[0] == 1
     whole = gate is None and out.element_size() <= 2 and columns % 16 == 0  # what spills no registers
     constants["PARTS"] = 1 if whole else max(config["BLOCK_N"] // GATED_COLUMNS, 1)
-    if not (config.get("descriptors") and aligned(values) and aligned(weights)):
+    if not config.get("descriptors"):
         arguments["x_row"] = values.stride(1)
         constants["EVEN"] = depth % config["BLOCK_K"] == 0
         return Launch(linear_w8a8_kernel, (tiles,), arguments, constants, options_of(config), values.device)
     flat = values.as_strided((rows, depth), (values.stride(1), 1))
-    arguments["x"] = TensorDescriptor.from_tensor(flat, [config["BLOCK_M"], config["BLOCK_K"]])
-    arguments["w"] = TensorDescriptor.from_tensor(weights, [config["BLOCK_N"], config["BLOCK_K"]])
+    arguments["x"] = TensorDescriptor.from_tensor(aligned(flat), [config["BLOCK_M"], config["BLOCK_K"]])
+    arguments["w"] = TensorDescriptor.from_tensor(aligned(weights), [config["BLOCK_N"], config["BLOCK_K"]])
     grid = (min(tiles, processors(values.device)),)
     return Launch(linear_w8a8_descriptor_kernel, grid, arguments, constants, options_of(config), values.device)
 
 
-def aligned(x: Tensor) -> bool:
-    """Whether the rows of ``x`` (8-bit) start at multiples of 16 bytes, as descriptors want them."""
-    return x.data_ptr() % 16 == 0 and x.stride(-2) % 16 == 0
+def aligned(x: Tensor) -> Tensor:
+    """8-bit ``x`` [M, K] if its rows start at multiples of 16 bytes, as descriptors want them, else a copy.
+
+    The other kernel would take it as it is, but in a descriptor's tile sizes it spills registers.
+    """
+    fits = x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def kept_config(x: Tensor, w: Tensor, at: int) -> Config:

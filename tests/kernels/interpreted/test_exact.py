@@ -61,7 +61,8 @@ def test_kept_matmul_configurations(kernel: str, config: dict[str, Any], launche
     name, _, ending = kernel.rpartition("_")
     names = [name, f"{name}_gated"] if name == "linear_w8a8" else [kernel]
     form = Format(torch.bfloat16, quantized[ending])
-    case = Case("", {"batch": 2, "tokens": 141, "n": 264, "k": 384 if "w4" in kernel else 336, "group": 128})
+    n, k = (272, 384) if "w4" in kernel else (264, 336)
+    case = Case("", {"batch": 2, "tokens": 141, "n": n, "k": k, "group": 128})
     for op in map(OPS.__getitem__, names):
         inputs = draw(op, case, form)
         with imposed(kernel, config), poisoned():
