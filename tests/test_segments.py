@@ -173,6 +173,7 @@ def steps(draft, monkeypatch):
     ("vram", "side", "form"),
     [
         ("24GB", 1024, "builtin-int8"),
+        ("24GB", 2048, "builtin-int8"),
         ("12GB", 2048, "builtin-int8"),
         ("12GiB", 1536, "builtin-int8"),
         ("16GB", 1024, "builtin-fp8"),
