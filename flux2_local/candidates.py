@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from . import costs, footprint, quant
+from . import costs, footprint, quant, segments
 from .costs import PAGEABLE, WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
@@ -272,10 +272,16 @@ class Draft:
 
     @property
     def kept(self) -> int:
-        """Bytes of what never leaves the device: networks, and the schedules' tables."""
+        """Bytes of what never leaves the device: networks, what their products are worked out in, and the schedules' tables."""
         names = ("transformer", "text_encoder", "vae")
         found = sum(self.lasting(n) for n in names if self.placement(n) == "resident")
+        found += footprint.workspace(self.terms.hardware)
         return found + footprint.tables(self.setup, self.terms.need.work)
+
+    def taken(self, alive: int) -> int:
+        """Bytes of device memory that ``alive`` bytes beside the weights come to with what lies between them unused."""
+        hardware = self.terms.hardware
+        return alive + (segments.unused(alive, hardware.growing) if hardware.kind == "cuda" else 0)
 
     @property
     def leaving(self) -> int:
@@ -304,7 +310,7 @@ class Draft:
         if self.layout.transformer == "streamed":
             here = held.streaming(stay) + held.schedule - self.leaving
             few = here - sum(held.blocks[number] for number in stay)
-        return self.kept + max(here + alive, few + self.leaving + sampling) + self.beside()
+        return self.kept + max(here + self.taken(alive), few + self.leaving + self.taken(sampling)) + self.beside()
 
     def previewing(self) -> int:
         """Bytes of a preview, the decoder included where it is not there already."""
@@ -312,8 +318,10 @@ class Draft:
         return self.visiting("vae") + footprint.decoding(self.setup, side, side, 0)
 
     def beside(self) -> int:
-        """Bytes of reading the next request's prompt meanwhile, as is done where the text encoder stays."""
-        return footprint.encoding(self.setup) if self.layout.text_encoder == "resident" else 0
+        """Bytes of reading the next request's prompt meanwhile, in a thread of its own, as is done where the text encoder stays."""
+        if self.layout.text_encoder != "resident":
+            return 0
+        return footprint.encoding(self.setup) + footprint.workspace(self.terms.hardware)
 
     def encoder(self, stay: tuple[int, ...]) -> int:
         """Bytes of the text encoder while it is used, beyond what never leaves."""
@@ -323,7 +331,7 @@ class Draft:
     def encoding(self, stay: tuple[int, ...] = ()) -> int:
         """Bytes of device memory while the prompt is read."""
         alive = footprint.texts(self.setup, self.terms.need.work) + footprint.encoding(self.setup)
-        return self.kept + self.encoder(stay) + alive
+        return self.kept + self.encoder(stay) + self.taken(alive)
 
     def expanding(self, text_stay: tuple[int, ...], stay: tuple[int, ...]) -> int:
         """Bytes of device memory while the prompt is expanded, other pictures' prompts being there already."""
@@ -333,14 +341,15 @@ class Draft:
         held = self.weights("expansion")
         there = held.total if self.placement("expansion") == "resident" else held.streaming(stay)
         alive = footprint.texts(self.setup, self.terms.need.work) + footprint.expanding(self.setup, chat)
-        return self.kept + self.encoder(text_stay) + there + alive + self.beside()
+        return self.kept + self.encoder(text_stay) + there + self.taken(alive) + self.beside()
 
     def pixels(self, tile: int) -> int:
         """Bytes of device memory while pictures are decoded or references encoded, the larger."""
         work = self.terms.need.work
         alive = footprint.decoding(self.setup, work.width, work.height, tile)
         alive = max(alive, *(footprint.referring(self.setup, *size) for size in work.references), 0)
-        return self.kept + self.visiting("vae") + footprint.carried(self.setup, work) + alive + self.beside()
+        alive += footprint.carried(self.setup, work)
+        return self.kept + self.visiting("vae") + self.taken(alive) + self.beside()
 
     def stay(self) -> tuple[int, ...]:
         """The most blocks that may stay."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import attention, costs, quant
 from .costs import WIDTH, Architecture, Work
 from .counting import Peak, Workspaces, remembered
-from .hardware import Kind
+from .hardware import Hardware, Kind
 from .model.autoencoder import Autoencoder
 from .model.blocks import SCHEDULE, repeated
 from .model.language import Layer, Past
@@ -236,6 +236,14 @@ def tables(setup: Setup, work: Work) -> int:
     tokens = arch.text_tokens + arch.tokens(work.width, work.height) + arch.reference_tokens(work)
     values = SCHEDULES * 17 * work.steps * own.width * WIDTH[setup.dtype]
     return values + 4 * 2 * tokens * (own.attention_head_dim // 2)
+
+
+def workspace(hardware: Hardware) -> int:
+    """Bytes that cuBLAS works in on a card, which torch takes once for each thread that multiplies: 32 MiB from Hopper on. Source:
+    ``parseChosenWorkspaceSize`` in ``aten/src/ATen/cuda/CublasHandlePool.cpp``."""
+    if hardware.kind != "cuda":
+        return 0
+    return 32 * 2**20 if (hardware.sm or 0) >= 90 else (2 * 4096 + 8 * 16) * 2**10
 
 
 def sampling(setup: Setup, work: Work) -> int:

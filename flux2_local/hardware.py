@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from . import segments
 from .errors import BackendUnavailableError, PlanError
 from .presets import DISK_RATE, DevicePreset, devices
 from .rates import measured, once
@@ -42,6 +43,7 @@ class Hardware:
         disk_rate: bytes/s of reading weights' files; assumed.
         measured: whether the rates were measured here.
         source: where rates that were not are from.
+        growing: of a CUDA device, whether torch's segments of its memory grow (:mod:`flux2_local.segments`).
     """
 
     device: str
@@ -59,6 +61,7 @@ class Hardware:
     measured: bool
     disk_rate: float = DISK_RATE
     source: str = ""
+    growing: bool = True
 
     def products(self, dtype: str) -> float:
         """FLOP/s of large matrix products in a compute type: float32's where that one's are not known."""
@@ -141,7 +144,8 @@ def _probe_cuda(device: str) -> Hardware:
         importlib.util.find_spec("triton") is not None
     )  # without them plain torch quantizes rows and multiplies int8
     rated = replace(rated, eight_bit=rated.eight_bit if kernels else {})
-    return _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
+    found = _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
+    return replace(found, growing=segments.grow(found.device))
 
 
 def rate_of(name: str, sm: int, processors: int) -> DevicePreset:

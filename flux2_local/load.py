@@ -144,7 +144,10 @@ def build(
         if plan.compile == "blocks":
             how = plan.dtype, plan.transformer.format, plan.ops, plan.attention
             compile_kept(transformer, mark(arch.transformer, hardware, *how))
-        new |= {"transformer": transformer, "hold_transformer": place(transformer.eval(), device, plan.transformer)}
+        new |= {
+            "transformer": transformer,
+            "hold_transformer": place(transformer.eval(), device, plan.transformer, told.append),
+        }
     if "text_encoder" in parts:
         source = Source(checkpoint, "text_encoder")
         with meta():
@@ -157,7 +160,7 @@ def build(
                 (told if keep_prompts else notes).append(
                     fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
                 )
-                return place(text_encoder.eval(), device, plan.text_encoder)
+                return place(text_encoder.eval(), device, plan.text_encoder, told.append)
 
         hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
         new |= {"text_encoder": text_encoder, "hold_text_encoder": hold}
@@ -167,7 +170,7 @@ def build(
             vae.fold_upsampling()
         if plan.channels_last:
             vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        new |= {"vae": vae, "hold_vae": place(vae.eval(), device, plan.vae)}
+        new |= {"vae": vae, "hold_vae": place(vae.eval(), device, plan.vae, told.append)}
     if plan.keep_freed:  # not before: what reading the weights frees goes back to the system
         heap.keep()
     new["notes"] = tuple(note for note in notes if note)
@@ -241,7 +244,7 @@ def remainder(plan: Plan, checkpoint: Checkpoint, components: Components) -> Ite
     if not any(remainder_name(name, read) == "head.weight" for path in source.files for name in weights.header(path)):
         network.head = None
     components.told.append(fill(network, plan.expansion, plan.dtype, source, components.device))
-    hold = place(network.eval(), components.device, plan.expansion)
+    hold = place(network.eval(), components.device, plan.expansion, components.told.append)
     try:
         with hold():
             yield network

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import images, load, lora, safety, store
 from .attention import AUTO
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 LESS = 0.8
 """Share of a plan's peak that the next one may have where the memory ran out."""
 
+OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocators, CUDA, Triton
+    "not enough memory",  # torch's on a CPU
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+    "ALLOCATION_FAILED",  # cuDNN 9
+)
+"""What errors say that mean it."""
+
+T = TypeVar("T")
+
 
 class Flux2:
     """A FLUX.2 model on this machine. Make one with :meth:`load`.
@@ -47,12 +57,29 @@ class Flux2:
         self.plan, self.checkpoint, self.hardware, self.settings = plan, checkpoint, hardware, settings
         budget = None if settings.vram is None else settings.vram - SYSTEM_RESERVE[hardware.kind]
         self._ceiling = Ceiling(hardware, budget)
-        with self._ceiling():
-            self._components = self._build(plan)
-        self._built = built(plan)
-        self.notes = (*model_notes(checkpoint, settings.variant), *self._components.notes)
+        self.notes = (*model_notes(checkpoint, settings.variant), *self._load())
         self._turn = threading.Lock()
         self._checker: safety.Checker | None = None
+
+    def _load(self) -> tuple[str, ...]:
+        """Bring the weights as the plan says; what to tell the user about it.
+
+        Raises:
+            Flux2Error: as :func:`flux2_local.load.build`.
+            OutOfMemoryError: the device's memory ran out, and with a plan that needs less it did again, or there is none.
+        """
+
+        def attempt() -> load.Components:
+            with self._ceiling():
+                return self._build(self.plan)
+
+        def again() -> Plan:
+            self.plan = self.settings.plan(self._need_of(self.plan), self.hardware)
+            return self.plan
+
+        self._components, notes = self._with_less(attempt, self.plan, again)
+        self._built = built(self.plan)
+        return *notes, *self._components.notes
 
     def _build(
         self, plan: Plan, before: load.Components | None = None, parts: Collection[str] = load.PARTS
@@ -180,21 +207,39 @@ class Flux2:
         Raises:
             Flux2Error: as :meth:`generate`.
         """
+
+        def again() -> Plan:
+            for run in runs:
+                run.begin_again(self._plan_for(run.request, run.references))
+            return runs[0].plan
+
+        results, notes = self._with_less(lambda: self._attempt(runs, around), runs[0].plan, again)
+        return [replace(result, notes=(*result.notes, *notes)) for result in results]
+
+    def _with_less(self, attempt: Callable[[], T], failed: Plan, again: Callable[[], Plan]) -> tuple[T, list[str]]:
+        """What ``attempt`` gives, and what to tell the user; where the device's memory runs out, of a second one.
+
+        Args:
+            attempt: goes by the plan ``failed``, then by that of ``again``.
+            again: plans within settings that allow less.
+
+        Raises:
+            OutOfMemoryError: it ran out twice, or nothing needs less.
+        """
         try:
-            return self._attempt(runs, around)
+            return attempt(), []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             cause = str(error)
         # Outside the handler: the traceback would keep the first attempt's tensors.
-        note = self._plan_for_less(runs, cause)
+        less, note = self._plan_for_less(failed, again, cause)
         try:
-            results = self._attempt(runs, around)
+            return attempt(), [note]
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._out_of_memory(runs[0].request) from error
+                raise self._out_of_memory(less) from error
             raise
-        return [replace(result, notes=(*result.notes, note)) for result in results]
 
     def _attempt(self, runs: list[Run], around: Callable[[], AbstractContextManager[None]]) -> list[Result]:
         with self._turn, self._ceiling():
@@ -207,24 +252,22 @@ class Flux2:
                 paint(runs)
                 return [run.result() for run in runs]
 
-    def _plan_for_less(self, runs: list[Run], cause: str) -> str:
-        """Plan ``runs``, and whatever follows, within :data:`LESS` of the memory that was not there; what to tell the user.
+    def _plan_for_less(self, failed: Plan, again: Callable[[], Plan], cause: str) -> tuple[Plan, str]:
+        """What ``again`` plans, as whatever follows, within :data:`LESS` of the memory that was not there; what to tell the user.
 
         Raises:
             OutOfMemoryError: nothing needs so little.
         """
-        failed = runs[0].plan
         budget = int(LESS * failed.peak_bytes) + SYSTEM_RESERVE[self.hardware.kind]
         settings = self.settings
         self.settings = replace(settings, vram=budget)
         try:
-            for run in runs:
-                run.begin_again(self._plan_for(run.request, run.references))
+            plan = again()
         except BudgetError:
             self.settings = settings
-            raise self._out_of_memory(runs[0].request) from RuntimeError(cause)
-        placement = next(choice.value for choice in runs[0].plan.choices if choice.what == "placement")
-        return (
+            raise self._out_of_memory(failed) from RuntimeError(cause)
+        placement = next(choice.value for choice in plan.choices if choice.what == "placement")
+        return plan, (
             f"The memory of {self.hardware.name} ran out, and {show_bytes(failed.peak_bytes)} had been planned for: something else "
             f"uses it. From here on plans stay within {show_bytes(budget)}; this one: {placement}."
         )
@@ -301,18 +344,21 @@ class Flux2:
         """Denoising steps of a request: its own number, or the variant's."""
         return request.num_inference_steps or self.checkpoint.preset.recipe(self.settings.variant).steps
 
-    def _out_of_memory(self, request: Request) -> OutOfMemoryError:
-        width, height = request.size
-        need = self._need(request, request.acceleration or self.settings.acceleration)
-        smaller = f"--vram {max(2, int(self.plan.peak_bytes * 0.7 / 2**30))}GiB"
+    def _need_of(self, plan: Plan) -> Need:
+        """What ``plan`` was made for."""
+        return Need(plan.model, plan.variant, tiers()[plan.acceleration], load.architecture(self.checkpoint), plan.work)
+
+    def _out_of_memory(self, failed: Plan) -> OutOfMemoryError:
+        smaller = f"--vram {max(2, int(failed.peak_bytes * 0.7 / 2**30))}GiB"
         try:
-            peak = replace(self.settings, vram=None).plan(need, self.hardware).peak_bytes
+            peak = replace(self.settings, vram=None).plan(self._need_of(failed), self.hardware).peak_bytes
             wanted = f"about {peak / 2**30:.1f} GiB were expected to be enough"
         except BudgetError as error:
             wanted = str(error)
+        size = f"{failed.work.width}×{failed.work.height}"
         return OutOfMemoryError(
-            f"The memory of {self.hardware.name} ran out at {width}×{height} ({wanted}). Close what else uses it, ask for a "
-            f"smaller picture, or plan for less: load again with {smaller}."
+            f"The memory of {self.hardware.name} ran out at {size} ({wanted}). Close what else uses it, ask for a smaller picture, "
+            f"or plan for less: load again with {smaller}."
         )
 
 
@@ -338,8 +384,9 @@ def changes(before: tuple[str, ...] | None, after: tuple[str, ...]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory ran out, by what torch, CUDA's libraries and Triton say then."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

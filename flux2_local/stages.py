@@ -110,7 +110,7 @@ class Run:
                     f"The prompt is longer than {c.style.length} tokens; what comes after them was not read."
                 )
             text, *negative = (encode.embed(c.text_encoder, t, c.device) for t in tokens)
-            self.notes += filter(None, c.told)
+            self.notes += dict.fromkeys(filter(None, c.told))
             c.told.clear()
             return text, negative[0] if negative else None
 

@@ -80,6 +80,41 @@ def test_the_link_takes_the_host_memory_that_is_planned(counting, tmp_path, shar
     assert sum(counting) <= link.STAGES * max(held.blocks)
 
 
+def test_a_system_that_refuses_to_pin_is_asked_once_and_its_error_ends_there(monkeypatch):
+    """CUDA would raise it from the next kernel otherwise. ``left``: errors that it has not raised yet."""
+    asked, left, told = [], [], []
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            asked.append(size)
+            left.extend(["out of memory"] * (len(asked) > 2))
+            return 2 if len(asked) > 2 else 0
+
+        def cudaHostUnregister(self, address):
+            return 0
+
+    def synchronize(device):
+        if left:
+            raise RuntimeError(f"CUDA error: {left.pop()}")
+
+    for name, stand_in in (
+        ("cudart", Runtime),
+        ("synchronize", synchronize),
+        ("Stream", lambda device: Events()),
+        ("stream", lambda stream: nullcontext()),
+        ("current_stream", lambda device: Events()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    network = nn.Module()
+    network.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(6))
+    expected = [layer(torch.ones(4)) for layer in network.layers]
+    hold = Streamed(network, link.CudaLink(torch.device("cpu"), told.append))
+    assert len(asked) == 3 and not left and told == [link.UNPINNED]
+    with hold(), torch.inference_mode():
+        assert all(torch.equal(layer(torch.ones(4)), x) for layer, x in zip(network.layers, expected, strict=True))
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize(
     ("device", "ram", "variant", "tier"),
     [("rtx-4090", "64GiB", "standard", "none"), ("rtx-4060-ti-16gb", "32GiB", "turbo", "regular")],

@@ -294,6 +294,45 @@ def test_running_out_of_memory_is_tried_again_with_less(dev_folder, monkeypatch)
     assert np.array_equal(pixels(first), pixels(again))
 
 
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_running_out_of_memory_while_loading_is_tried_again_with_less(dev_folder, times, monkeypatch):
+    plans, build = [], Flux2._build
+
+    def crowded(self, plan, *others):
+        plans.append(plan)
+        if len(plans) <= times:
+            raise RuntimeError("CUDA error: out of memory")
+        return build(self, plan, *others)
+
+    monkeypatch.setattr(Flux2, "_build", crowded)
+    if times > 1:
+        with pytest.raises(OutOfMemoryError, match=r"1024×768.*--vram \d+GiB"):
+            Flux2.load(dev_folder)
+    else:
+        flux = Flux2.load(dev_folder)
+        assert flux.plan is plans[1] and any("something else uses it" in note for note in flux.notes)
+        assert not any("ran out" in note for note in flux.generate("a boat", **FAST).notes[len(flux.notes) :])
+    assert len(plans) == 2 and plans[1].peak_bytes <= 0.8 * plans[0].peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("MPS backend out of memory (MPS allocated: 18.00 GB, max allowed: 18.13 GB)", True),
+        ("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("out of resource: shared memory, Required: 131072, Hardware limit: 101376", False),
+    ],
+)
+def test_running_out_of_memory_is_known_by_what_is_said(text, out):
+    assert pipeline.is_out_of_memory(RuntimeError(text)) is out
+
+
 def test_other_errors_are_not_dressed_up(flux, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a bug")

@@ -16,14 +16,15 @@ Hold = Callable[[], AbstractContextManager[None]]
 """Entered around every use of a network: inside, its weights are on the device."""
 
 
-def place(network: nn.Module, device: torch.device, held: ComponentPlan) -> Hold:
-    """Put a loaded network where its plan says that it waits, and give the way to use it."""
+def place(network: nn.Module, device: torch.device, held: ComponentPlan, tell: Callable[[str], None]) -> Hold:
+    """Put a loaded network where its plan says that it waits, and give the way to use it; ``tell`` is called with what the user should
+    know about that, now or later."""
     from . import link, mapped, resident, staged, streamed
 
     if held.placement == "streamed" and device.type == "cpu":
         return mapped.Mapped(network, held.stay)
     if held.placement == "streamed":
-        return streamed.Streamed(network, link.CudaLink(device), held.stay, held.mapped)
+        return streamed.Streamed(network, link.CudaLink(device, tell), held.stay, held.mapped)
     return (resident if held.placement == "resident" else staged).hold(network, device)
 
 

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,13 @@ Mark = Any
 
 STAGES = 2
 """Page-locked buffers that blocks from files go through: one is filled while the other is copied."""
+
+
+UNPINNED = (
+    "The system would not page-lock as much host memory as planned, so that weights come to the card more slowly than predicted. "
+    "Free host memory before loading; Windows gives about half of it at most."
+)
+"""What the user is told about that."""
 
 
 class Link(Protocol):
@@ -53,16 +61,32 @@ class CudaLink:
     Pinned blocks lie in page-locked host memory, each in one piece. The others stay where loading left them, mapped from their
     files; a thread brings each through one of two page-locked buffers, and lets go of the files' pages behind it: what they need of
     the host is two blocks.
+
+    Args:
+        device: where copies go.
+        tell: called with what the user should know.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.device, self.stream, self._tell = device, torch.cuda.Stream(device), tell
+        self._pins = True
         self._stages: deque[tuple[Tensor, Mark]] = deque()
         self._thread, self._readers = ThreadPoolExecutor(1, "weights"), ThreadPoolExecutor(READERS, "disk")
         self._queued = False
 
     def pin(self, block: Packed) -> None:
-        block.pack(pinned(block.size))
+        block.pack(self._host_buffer(block.size))
+
+    def _host_buffer(self, size: int) -> Tensor:
+        """Uint8 [size], page-locked until the system refuses that; copies from others are slower."""
+        buffer = pinned(size) if self._pins else None
+        if buffer is not None:
+            return buffer
+        if self._pins:
+            self._pins = False
+            forget_error(self.device)
+            self._tell(UNPINNED)
+        return torch.empty(size, dtype=torch.uint8)
 
     def read(self, block: Packed) -> None:
         block.read(self._readers)
@@ -82,7 +106,7 @@ class CudaLink:
             sent.synchronize()
         if stage is None or len(stage) < block.size:
             del stage  # before another is there
-            stage = pinned(block.size)
+            stage = self._host_buffer(block.size)
         with torch.inference_mode():
             block.fill(stage)
         block.release()
@@ -110,14 +134,23 @@ class CudaLink:
         self._queued = False
 
 
-def pinned(size: int) -> Tensor:
-    """A host buffer, uint8 [size], page-locked where the system allows it; else copies from it are slower.
+def pinned(size: int) -> Tensor | None:
+    """A page-locked host buffer, uint8 [size]; None where the system refuses one.
 
     torch's own pinned memory comes in powers of two, up to twice what is needed.
     """
     buffer = torch.empty(size, dtype=torch.uint8)
     runtime: Any = torch.cuda.cudart()
-    if size and int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
+    if size:
+        if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) != 0:
+            return None
         release: Callable[[int], Any] = runtime.cudaHostUnregister
         weakref.finalize(buffer.untyped_storage(), release, buffer.data_ptr())
     return buffer
+
+
+def forget_error(device: torch.device) -> None:
+    """Have CUDA forget the error of a call that torch did not make: it would come out of the next kernel, which has none."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
+        torch.cuda.synchronize(device)

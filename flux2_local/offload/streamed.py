@@ -63,6 +63,7 @@ class Streamed:
             self._hooks.append(hosted.register_forward_pre_hook(lambda _, args: tuple(a.cpu() for a in args)))
             self._hooks.append(hosted.register_forward_hook(lambda _, __, rows: rows.to(self.link.device)))
         self._active = False
+        self._places: dict[int, Tensor] = {}
         self._here: dict[int, tuple[Tensor, Mark]] = {}
         self._ring: deque[tuple[Tensor, Mark]] = deque()
         self._upcoming: int | None = None
@@ -104,6 +105,7 @@ class Streamed:
             self._visitors.leave()
             hang(self._rest)
             self._here.clear()
+            self._places.clear()
             self._ring.clear()
             self._coming.clear()
             if self.link.device.type == "cuda":
@@ -111,6 +113,13 @@ class Streamed:
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.link.device)
+
+    def _for_those_that_stay(self) -> dict[int, Tensor]:
+        """Their places in one buffer, taken at once: among the first step's activations they would lie scattered, with gaps between
+        them that nothing fits in."""
+        sizes = {number: self.blocks[number].size for number in sorted(self.stay)}
+        buffer = self._buffer(sum(sizes.values()))
+        return dict(zip(sizes, buffer.split(list(sizes.values())), strict=True))
 
     def _before(self, number: int, *_: Any) -> None:
         if not self._active:
@@ -132,7 +141,7 @@ class Streamed:
         """Send for the next blocks, as far as there is room for them."""
         while self._upcoming is not None and (self._upcoming in self.stay or self._ring):
             number, block = self._upcoming, self.blocks[self._upcoming]
-            buffer, free = (self._buffer(block.size), self.link.mark()) if number in self.stay else self._ring.popleft()
+            buffer, free = (self._places[number], self.link.mark()) if number in self.stay else self._ring.popleft()
             self._here[number] = buffer, self.link.copy(block, buffer, free)
             self._coming.discard(number)
             self._upcoming = self._following(number)
@@ -164,5 +173,7 @@ class Streamed:
         """
         for other in [n for n in self._here if n not in self.stay]:
             self._ring.append((self._here.pop(other)[0], self.link.mark()))
+        if self.stay and not self._places:
+            self._places = self._for_those_that_stay()
         self._upcoming = number
         self._ahead()
