@@ -212,7 +212,7 @@ def load_here(model: str, component: str, quantize: str, files: Sequence[Path], 
     held = ComponentPlan("bfloat16" if quantize == "none" else quantize, "resident")
     before, memory, start = in_memory(files) if files else 1.0, Memory(), time.perf_counter()
     note = load.fill(network, held, "bfloat16", load.Source(checkpoint, component), device)
-    place(network.eval(), device, held)
+    place(network.eval(), device, held, print)
     seconds = time.perf_counter() - start
     after = in_memory(files) if files else 1.0
     tensors = [leaf for _, value in hung(network) for leaf in leaves(value)]

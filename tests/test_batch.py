@@ -484,7 +484,7 @@ def test_generate_many_is_generate_with_prompts_encoded_once(dev_folder):
     assert remembering(flux._components) is flux._components
     second, bad = many
     assert [r.images[0].data for r in (first, second)] == [r.images[0].data for r in alone]
-    assert memory.encoded == 1 and isinstance(bad, errors.RequestError) and flux._components is plain
+    assert memory.encoded == 1 and isinstance(bad, errors.RequestError) and flux._components == plain
     with pytest.raises(errors.RequestError):
         list(flux.generate_many([" "]))
 

@@ -17,7 +17,7 @@ LAYERS = (
         "sampler", "plan", "choices", "candidates", "homes", "footprint", "counting", "text", "lora", "store", "offload", "quant",
         "attention", "cache",
     ),
-    ("ceiling", "costs", "hardware", "heap", "rates", "schedule", "latents"),
+    ("ceiling", "costs", "hardware", "heap", "rates", "schedule", "segments", "latents"),
     ("model",),
     ("single",),
     ("weights", "result", "images", "files", "frames", "progress"),
