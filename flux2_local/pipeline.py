@@ -269,7 +269,7 @@ class Flux2:
         placement = next(choice.value for choice in plan.choices if choice.what == "placement")
         return plan, (
             f"The memory of {self.hardware.name} ran out, and {show_bytes(failed.peak_bytes)} had been planned for: something else "
-            f"uses it. From here on plans stay within {show_bytes(budget)}; this one: {placement}."
+            f"uses it, or more was needed. From here on plans stay within {show_bytes(budget)}; this one: {placement}."
         )
 
     def generate_many(
