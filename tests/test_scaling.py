@@ -1,6 +1,7 @@
 """``benchmarks/scaling.py``: what grows in its sweeps, and the exponents that it fits."""
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,6 @@ def test_committed_pages_are_their_results(path):
     assert path.with_suffix(".md").read_text("utf-8") == scaling.page(record, path.with_suffix(".png").name)
     by_sweep = {}
     for row in record["points"]:
-        assert row["seconds"] == pytest.approx(sorted(row["samples"])[len(row["samples"]) // 2])
+        assert row["seconds"] == pytest.approx(statistics.median(row["samples"]))
         by_sweep.setdefault(row["sweep"], []).append(row)
     assert list(by_sweep) == list(record["exponents"])
