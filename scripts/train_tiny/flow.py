@@ -47,14 +47,19 @@ its things sooner, as aligning with another network's features does (arXiv:2410.
 
 @dataclass(frozen=True)
 class Look:
-    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others; ``signs``: only of
-    pictures that have a sign."""
+    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others, below a noise level;
+    ``signs``: only of pictures that have a sign."""
 
     share: float = 1.0
     signs: bool = False
+    below: float = 1.0
 
 
-WHOLE, THINGS, SIGNS = Look(), Look(0.375), Look(0.125, signs=True)
+DECIDED = 0.95
+"""The noise level below which it shows where things are. Above it the network has to choose a place, which it cannot learn from
+tokens that were chosen for it."""
+
+WHOLE, THINGS, SIGNS = Look(), Look(0.375, below=DECIDED), Look(0.125, signs=True, below=DECIDED)
 """A letter is drawn on two of a picture's 256 tokens, and three pictures in four have none: looked at alone, there are ten
 times as many in the same time."""
 
@@ -95,14 +100,14 @@ class Batch:
         found: what lies on their tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
         prompts: what they show, in words.
         size: height and width in tokens.
-        share: of their tokens, those that are to be computed.
+        look: what of them is to be computed.
     """
 
     latents: Tensor
     found: tuple[Tensor, ...]
     prompts: list[str]
     size: tuple[int, int]
-    share: float
+    look: Look
 
 
 class Samples(IterableDataset[Batch]):
@@ -129,7 +134,7 @@ class Samples(IterableDataset[Batch]):
         chosen = sorted(rng.sample(self.signed[size] if look.signs else range(len(rows)), count))
         scenes = [scene_of(size, i) for i in chosen]
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, look.share)
+        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, look)
 
 
 def scene_of(size: tuple[int, int], row: int) -> Scene:
@@ -148,10 +153,10 @@ def said(prompts: list[str], empty: float) -> list[str]:
     return ["" if random.random() < empty else prompt for prompt in prompts]
 
 
-def noised(x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise."""
+def noised(x0: Tensor, below: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise, times ``below``."""
     u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
-    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    sigma = below * SHIFT * u / (1 + (SHIFT - 1) * u)
     noise = torch.randn_like(x0)
     s = sigma[:, None, None]
     return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
@@ -167,9 +172,9 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
     """The arguments of :func:`flow_loss` after the model."""
     for batch in batches(run, samples):
         text = reader(said(batch.prompts, empty=0.1))
-        x, sigma, target = noised(batch.latents.to(run.device).float())
+        x, sigma, target = noised(batch.latents.to(run.device).float(), batch.look.below)
         found = [t.to(run.device) for t in batch.found]
-        kept = around(found[0], batch.share)
+        kept = around(found[0], batch.look.share)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
         rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
         yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
