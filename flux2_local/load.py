@@ -134,42 +134,26 @@ def build(
     notes: list[str] = []
     told: list[str] = [] if before is None else before.told
     if "transformer" in parts:
-        with meta():
-            transformer = Flux2Transformer(arch.transformer)
-        notes.append(
-            fill(transformer, plan.transformer, plan.dtype, Source(checkpoint, "transformer", adapters), device)
-        )
-        for name in SCHEDULE:
-            getattr(transformer, name).to("cpu", DTYPES[plan.schedule])  # they are on the device for a table only
-        if plan.compile == "blocks":
-            how = plan.dtype, plan.transformer.format, plan.ops, plan.attention
-            compile_kept(transformer, mark(arch.transformer, hardware, *how))
-        new |= {
-            "transformer": transformer,
-            "hold_transformer": place(transformer.eval(), device, plan.transformer, told.append),
-        }
+        transformer, note = read_transformer(plan, checkpoint, hardware, adapters)
+        notes.append(note)
+        hold_transformer = place(transformer.eval(), device, plan.transformer, told.append)
+        new |= {"transformer": transformer, "hold_transformer": hold_transformer}
     if "text_encoder" in parts:
         source = Source(checkpoint, "text_encoder")
         with meta():
             text_encoder = LanguageModel(arch.language, arch.text_layers)
 
+        # The first use may be in inference mode, and weights made there could not be changed later.
+        @torch.inference_mode(False)
         def read_text_encoder() -> Hold:
-            with torch.inference_mode(
-                False
-            ):  # the first use may be inside it, and weights made there could not be changed later
-                (told if keep_prompts else notes).append(
-                    fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
-                )
-                return place(text_encoder.eval(), device, plan.text_encoder, told.append)
+            note = fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
+            (told if keep_prompts else notes).append(note)
+            return place(text_encoder.eval(), device, plan.text_encoder, told.append)
 
         hold = Later(read_text_encoder) if keep_prompts else read_text_encoder()
         new |= {"text_encoder": text_encoder, "hold_text_encoder": hold}
     if "vae" in parts:
-        vae = build_vae(checkpoint, DTYPES[plan.vae.format])
-        if plan.fold_upsampling:
-            vae.fold_upsampling()
-        if plan.channels_last:
-            vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        vae = read_vae(plan, checkpoint)
         new |= {"vae": vae, "hold_vae": place(vae.eval(), device, plan.vae, told.append)}
     if plan.keep_freed:  # not before: what reading the weights frees goes back to the system
         heap.keep()
@@ -185,6 +169,33 @@ def build(
         kept = KeptPrompts(text_facts(plan, source, arch), DTYPES[plan.dtype], told=told)
         return remembering(components, kept)
     return components
+
+
+def read_transformer(
+    plan: Plan, checkpoint: Checkpoint, hardware: Hardware, adapters: tuple[Lora, ...]
+) -> tuple[Flux2Transformer, str]:
+    """The transformer with its weights, its blocks to be compiled where the plan says so, and what the user should know."""
+    config = architecture(checkpoint).transformer
+    with meta():
+        transformer = Flux2Transformer(config)
+    source = Source(checkpoint, "transformer", adapters)
+    note = fill(transformer, plan.transformer, plan.dtype, source, torch_device(hardware))
+    for name in SCHEDULE:
+        getattr(transformer, name).to("cpu", DTYPES[plan.schedule])  # they are on the device for a table only
+    if plan.compile == "blocks":
+        how = plan.dtype, plan.transformer.format, plan.ops, plan.attention
+        compile_kept(transformer, mark(config, hardware, *how))
+    return transformer, note
+
+
+def read_vae(plan: Plan, checkpoint: Checkpoint) -> Autoencoder:
+    """The autoencoder, on the host, with its convolutions as the plan wants them."""
+    vae = build_vae(checkpoint, DTYPES[plan.vae.format])
+    if plan.fold_upsampling:
+        vae.fold_upsampling()
+    if plan.channels_last:
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return vae
 
 
 def compile_kept(transformer: Flux2Transformer, path: Path) -> None:

@@ -22,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from scripts.train_tiny.language import SIGHT
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
 MISTRAL_TEMPLATE = """\
 {{- bos_token }}
@@ -122,23 +124,12 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-SIGHT = {
-    "model_type": "pixtral",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "head_dim": 8,
-}
-"""A picture encoder's numbers, as small as they can be."""
-
-
 def save_dev(folder: Path) -> Path:
     """A Flux2Pipeline: Mistral-3 with 32 layers, padded on the left."""
     tok = tokenizer(MISTRAL_TEMPLATE, "left")
     config = Mistral3Config(
         text_config={"model_type": "mistral", "sliding_window": None, **language_numbers(32, len(tok))},
-        vision_config={**SIGHT, "image_size": 32, "patch_size": 16},
+        vision_config=SIGHT,
         image_token_index=3,
     )
     text = randomised(Mistral3ForConditionalGeneration(config), 0).eval()

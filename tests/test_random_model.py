@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from components import SIGHT, TRANSFORMER, VAE, language_numbers
+from components import TRANSFORMER, VAE, language_numbers
 from diffusers import Flux2Pipeline
 
 from flux2_local import Flux2
 from scripts import random_model
+from scripts.train_tiny.language import SIGHT
 
 TEXT = {**language_numbers(28, 300), "model_type": "qwen3", "rope_theta": 1e6}
 SMALL = {

@@ -32,6 +32,19 @@ OUT_LAYERS = (1, 3, 5)
 MODES = ("[DESCRIBE]", "[REWRITE]", "[EDIT]")
 
 
+SIGHT = {
+    "model_type": "pixtral",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "head_dim": 8,
+    "image_size": 32,
+    "patch_size": 16,
+}
+"""The architecture has a picture encoder; prompts here are text, so it is as small as it can be and never used."""
+
+
 def build(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneration:
     text = {
         "model_type": "mistral",
@@ -49,20 +62,9 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneratio
         "pad_token_id": tokenizer.pad_token_id,
         "sliding_window": None,
     }
-    # The architecture has a picture encoder; prompts here are text, so it is as small as it can be and never used.
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "head_dim": 8,
-        "image_size": 32,
-        "patch_size": 16,
-    }
     config = Mistral3Config(
         text_config=text,
-        vision_config=vision,
+        vision_config=SIGHT,
         tie_word_embeddings=True,
         image_token_index=tokenizer.convert_tokens_to_ids("<unk>"),
     )
