@@ -126,12 +126,22 @@ class Desk:
     async def fetched(self, job: Job) -> None:
         """A job's answer was handed out; of a sync_mode job nothing is kept after that."""
         if job.sync:
-            await self.store.forget(job.id)
             self._forget_later(job, GRACE_SECONDS)
+            try:
+                await self.store.forget(job.id)
+            except OutputError as error:
+                print(f"{error} Request {job.id} would run again after a restart.", file=sys.stderr, flush=True)
 
     def _forget_later(self, job: Job, seconds: float) -> None:
         task = asyncio.get_running_loop().create_task
-        asyncio.get_running_loop().call_later(seconds, lambda: task(self.forget(job)))
+        asyncio.get_running_loop().call_later(seconds, lambda: task(self._forget_or_retry(job)))
+
+    async def _forget_or_retry(self, job: Job) -> None:
+        try:
+            await self.forget(job)
+        except OutputError as error:
+            print(f"{error} Request {job.id} is forgotten later.", file=sys.stderr, flush=True)
+            self._forget_later(job, GRACE_SECONDS)
 
     async def forget(self, job: Job) -> None:
         """Remove an ended job and its files."""

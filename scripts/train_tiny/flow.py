@@ -47,11 +47,12 @@ its things sooner, as aligning with another network's features does (arXiv:2410.
 
 @dataclass(frozen=True)
 class Look:
-    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others, below a noise level;
+    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others, between two noise levels;
     ``signs``: only of pictures that have a sign."""
 
     share: float = 1.0
     signs: bool = False
+    above: float = 0.0
     below: float = 1.0
 
 
@@ -59,7 +60,10 @@ DECIDED = 0.95
 """The noise level below which it shows where things are. Above it the network has to choose a place, which it cannot learn from
 tokens that were chosen for it."""
 
-WHOLE, THINGS, SIGNS = Look(), Look(0.375, below=DECIDED), Look(0.125, signs=True, below=DECIDED)
+WHOLE, PLACES = Look(), Look(above=0.9)
+"""Where things go is decided in the first third of a drawing's steps, in one batch of whole pictures in nine by chance."""
+
+THINGS, SIGNS = Look(0.375, below=DECIDED), Look(0.125, signs=True, below=DECIDED)
 """A letter is drawn on two of a picture's 256 tokens, and three pictures in four have none: looked at alone, there are ten
 times as many in the same time."""
 
@@ -153,10 +157,10 @@ def said(prompts: list[str], empty: float) -> list[str]:
     return ["" if random.random() < empty else prompt for prompt in prompts]
 
 
-def noised(x0: Tensor, below: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise, times ``below``."""
+def noised(x0: Tensor, look: Look = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise, within the look's."""
     u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
-    sigma = below * SHIFT * u / (1 + (SHIFT - 1) * u)
+    sigma = look.above + (look.below - look.above) * SHIFT * u / (1 + (SHIFT - 1) * u)
     noise = torch.randn_like(x0)
     s = sigma[:, None, None]
     return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
@@ -172,7 +176,7 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
     """The arguments of :func:`flow_loss` after the model."""
     for batch in batches(run, samples):
         text = reader(said(batch.prompts, empty=0.1))
-        x, sigma, target = noised(batch.latents.to(run.device).float(), batch.look.below)
+        x, sigma, target = noised(batch.latents.to(run.device).float(), batch.look)
         found = [t.to(run.device) for t in batch.found]
         kept = around(found[0], batch.look.share)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
@@ -211,8 +215,8 @@ def train_things(run: Run) -> None:
 
 
 def train_flow(run: Run) -> None:
-    """Whole pictures, around things alone and signs alone in turn."""
-    train_on(run, shares(run), (WHOLE, THINGS, SIGNS))
+    """Whole pictures, where things go, around things alone and signs alone in turn."""
+    train_on(run, shares(run), (WHOLE, PLACES, THINGS, SIGNS))
 
 
 def train_on(run: Run, sizes: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:

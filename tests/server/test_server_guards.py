@@ -120,6 +120,31 @@ def test_nothing_is_taken_that_could_not_be_written(tmp_path, monkeypatch):
     assert asyncio.run(main()) == 1
 
 
+def test_an_answer_that_may_not_be_kept_is_forgotten_later_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    async def main():
+        taken = desk.Desk(Settings(tmp_path), Store(tmp_path / "queue.sqlite"), lambda job: None)
+        job = await taken.submit(Job(FLASH, "flash", SMALL, {"sync_mode": True}))
+        full, forget = 2, taken.store.forget
+
+        async def forget_when_there_is_room(request_id):
+            nonlocal full
+            if full := max(0, full - 1):
+                raise OutputError("The disk is full.")
+            await forget(request_id)
+
+        monkeypatch.setattr(taken.store, "forget", forget_when_there_is_room)
+        await taken.fetched(job)
+        full = 2
+        while await taken.find(job.id):
+            await asyncio.sleep(0.01)
+        await taken.store.close()
+
+    monkeypatch.setattr(desk, "GRACE_SECONDS", 0.01)
+    asyncio.run(asyncio.wait_for(main(), 20))
+    complaints = capsys.readouterr().err
+    assert "would run again" in complaints and "forgotten later" in complaints and "Traceback" not in complaints
+
+
 def test_an_upload_goes_where_it_was_announced_once_and_must_be_a_picture(server):
     out = io.BytesIO()
     Image.effect_noise((96, 80), 80).save(out, "PNG")
