@@ -240,6 +240,18 @@ def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
     return {name: 100 * sum(rights) / len(rights) for name, rights in verdicts(judge, scenes, pictures).items()}
 
 
+def lone_scenes(count: int) -> list[Scene]:
+    """The held-out scenes that show one object and nothing else."""
+    alone = (s for s in held_out_scenes(10 * count + 100) if len(s.things) == 1 and s.sign is None)
+    return list(itertools.islice(alone, count))
+
+
+def share_of_lone(judge: Judge, pictures: Sequence[Image.Image]) -> float:
+    """Percent of pictures in which exactly one object is seen."""
+    seen = [sum(kind != "none" for kind in reading.kind.values()) for reading in read(judge, pictures)]
+    return 100 * seen.count(1) / len(seen)
+
+
 def ceiling(judge: Judge, count: int, width: int = 512, height: int = 512) -> dict[str, float]:
     """The judge's score on drawings of held-out scenes."""
     scenes = held_out_scenes(count)

@@ -6,14 +6,16 @@
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
-judge reads them, beside the judge's score on the drawings themselves (the ceiling); and PSNR and SSIM of each tier against
-``none`` on the same prompts and seeds. Writes a JSON file with the environment.
+judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once where a
+prompt names no place for it ("once", a third as many prompts more); and PSNR and SSIM of each tier against ``none`` on the
+same prompts and seeds. Writes a JSON file with the environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import time
@@ -31,7 +33,7 @@ from flux2_local.bench.metrics import psnr, ssim
 from flux2_local.bench.subject import PROMPTS
 from flux2_local.costs import Work
 from flux2_local.settings import choose, find_hardware, make_settings
-from scripts.train_tiny.captions import caption, rich
+from scripts.train_tiny.captions import GROUND, TIME, article, caption, rich
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.render import render
 from scripts.train_tiny.scenes import Scene, random_scene
@@ -84,6 +86,12 @@ def prompts(scenes: Sequence[Scene]) -> list[str]:
     return words
 
 
+def lone_prompts(scenes: Sequence[Scene]) -> list[str]:
+    """One prompt per scene of a single object that leaves its place to the model."""
+    named = ((scene, scene.things[0]) for scene in scenes)
+    return [f"{article(f'{t.colour} {t.kind}')} {GROUND[s.ground][0]} {TIME[s.time][0]}" for s, t in named]
+
+
 def generate(
     contender: Contender, words: Sequence[str], size: tuple[int, int], seeds: Sequence[int], model: str
 ) -> Iterator[tuple[Image.Image, float]]:
@@ -114,12 +122,16 @@ def autoencoder_psnr(count: int, model: str) -> float:
 
 def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], model: str) -> Iterator[Score]:
     reader = judge.load()
-    scenes = judge.held_out_scenes(count)
-    words = prompts(scenes)
-    yield Score("drawings (the ceiling)", 0.0, judge.score(reader, scenes, [render(s, *size) for s in scenes]))
+    scenes, lone = judge.held_out_scenes(count), judge.lone_scenes(math.ceil(count / 3))
+    words = prompts(scenes) + lone_prompts(lone)
+
+    def adherence(pictures: Sequence[Image.Image]) -> dict[str, float]:
+        return judge.score(reader, scenes, pictures[:count]) | {"once": judge.share_of_lone(reader, pictures[count:])}
+
+    yield Score("drawings (the ceiling)", 0.0, adherence([render(s, *size) for s in [*scenes, *lone]]))
     first: list[np.ndarray] | None = None
     for contender in contenders:
-        made = list(generate(contender, words, size, range(count), model))
+        made = list(generate(contender, words, size, range(len(words)), model))
         pictures = [picture for picture, _ in made]
         arrays = [np.asarray(p) for p in pictures]
         near = far = None
@@ -129,7 +141,7 @@ def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], 
             near = statistics.mean(psnr(a, b) for a, b in zip(first, arrays, strict=True))
             far = statistics.mean(ssim(a, b) for a, b in zip(first, arrays, strict=True))
         seconds = statistics.median(s for _, s in made)
-        yield Score(str(contender), seconds, judge.score(reader, scenes, pictures), near, far)
+        yield Score(str(contender), seconds, adherence(pictures), near, far)
 
 
 def table(scores: Sequence[Score]) -> str:

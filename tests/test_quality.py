@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import judge, quality
 from flux2_local.bench import environment
+from scripts.train_tiny.render import render
 
 
 def test_the_autoencoder_keeps_what_it_is_given():
@@ -25,6 +26,13 @@ def test_pictures_follow_their_prompts(variant):
     assert score["time"] >= 75, score
     assert score["ground"] >= 75, score
     assert score["colour"] >= 40, score
+
+
+def test_one_object_is_told_from_two():
+    lone, two = judge.lone_scenes(12), [s for s in judge.held_out_scenes(60) if len(s.things) == 2][:12]
+    once, twice = (judge.share_of_lone(judge.load(), [render(s, 256, 256) for s in scenes]) for scenes in (lone, two))
+    assert once >= 90 and twice <= 10
+    assert quality.lone_prompts(lone[:1]) == ["a blue ball on the sand at night"]
 
 
 def test_the_table_has_a_row_per_score():
