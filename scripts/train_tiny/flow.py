@@ -56,13 +56,11 @@ class Look:
     below: float = 1.0
 
 
-DECIDED = 0.95
-"""The noise level below which it shows where things are. Above it the network has to choose a place, which it cannot learn from
-tokens that were chosen for it."""
+DECIDED = 0.8
+"""The noise level below which a single token shows whether it is a thing's. Above it the network has to choose where things go,
+which it cannot learn from tokens that were chosen for it: it would see things everywhere."""
 
-WHOLE, PLACES = Look(), Look(above=0.9)
-"""Where things go is decided in the first third of a drawing's steps, in one batch of whole pictures in nine by chance."""
-
+WHOLE, PLACES = Look(), Look(above=DECIDED)
 THINGS, SIGNS = Look(0.375, below=DECIDED), Look(0.125, signs=True, below=DECIDED)
 """A letter is drawn on two of a picture's 256 tokens, and three pictures in four have none: looked at alone, there are ten
 times as many in the same time."""
