@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
+from scripts.train_tiny import __main__ as recipe
 from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, steps
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.flow import Reader
@@ -194,16 +197,38 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     assert float(loss.detach()) < 0.1 * before
 
 
-@pytest.mark.parametrize("look", [flow.WHOLE, flow.THINGS, flow.SIGNS], ids=["whole", "things", "signs"])
-def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, look):
+def test_latents_are_made_where_pictures_are_drawn_whatever_trains(tmp_path, monkeypatch):
+    run = Run(tmp_path, minutes=1, device="meta")  # what is there has no values
+    np.save(run.path("latent_statistics.npy"), np.stack([np.full(128, 0.5), np.full(128, 4.0)]).astype(np.float32))
+    monkeypatch.setattr(latents, "BUCKETS", {(2, 2): (9, 0)})
+    monkeypatch.setattr(latents, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(autoencoder, "samples", lambda *_: None)
+    monkeypatch.setattr(autoencoder, "Code", lambda *_: lambda x: F.pixel_unshuffle(x, autoencoder.BLOCK)[:, :32])
+    latents.train(run)
+    kept = np.load(latents.path_of(run, (2, 2)))
+    code = F.pixel_unshuffle(drawings(9, side=64), autoencoder.BLOCK)[:, :32]
+    want = (latents.patchify(code).flatten(2).mT - 0.5) / 2
+    assert np.allclose(kept, want, atol=0.002)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A run's folder with 200 pictures' latents, of noise."""
     run = Run(tmp_path, minutes=1)
     rng = np.random.default_rng(0)
     np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(200, 256, 128)).astype(np.float16))
-    samples = flow.Samples(run, {flow.SQUARE: 1.0}, (look,))
+    return run
+
+
+@pytest.mark.parametrize("look", [flow.WHOLE, flow.THINGS, flow.SIGNS], ids=["whole", "things", "signs"])
+def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look):
+    samples = flow.Samples(pictures, {flow.SQUARE: 1.0}, (look,))
     model = network.build()
     model.teller = layout.Teller()
     text, *rest = next(
-        flow.flow_batches(run, lambda prompts: torch.randn(len(prompts), network.TEXT_TOKENS, 384).bfloat16(), samples)
+        flow.flow_batches(
+            pictures, lambda prompts: torch.randn(len(prompts), network.TEXT_TOKENS, 384).bfloat16(), samples
+        )
     )
     count = flow.TOKENS_PER_BATCH["cpu"] // (round(look.share * 256) + network.TEXT_TOKENS)
     assert text.shape[0] == count and rest[1].shape == (count, round(look.share * 256), 128)
@@ -212,6 +237,23 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(tmp_path, look
     loss.backward()
     assert loss.isfinite()
     assert model.teller.layer.weight.grad.abs().sum() > 0 and model.proj_out.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("look", [flow.THINGS, flow.SIGNS], ids=["things", "signs"])
+def test_a_batch_for_a_card_has_no_more_pictures_than_there_are(pictures, look):
+    samples = flow.Samples(dataclasses.replace(pictures, device="cuda"), {flow.SQUARE: 1.0}, (look,))
+    there = range(200) if not look.signs else [i for i in range(200) if flow.scene_of(flow.SQUARE, i).sign]
+    assert len(next(iter(samples)).prompts) == min(len(there), 60_000 // (round(look.share * 256) + 80))
+
+
+def test_worker_processes_get_what_they_need_and_no_latents(pictures):
+    samples = flow.Samples(pictures, {flow.SQUARE: 1.0})
+    loader = flow.batches(dataclasses.replace(pictures, device="cuda"), samples)
+    sent = pickle.dumps((loader.dataset, loader.collate_fn))
+    assert loader.num_workers > 0 and len(sent) < 10_000
+    drawn, collate = pickle.loads(sent)
+    batch = next(iter(drawn))
+    assert collate(batch) is batch and batch.latents.shape[1:] == (256, 128)
 
 
 def test_orthogonal_steps_keep_the_singular_vectors():
@@ -235,6 +277,14 @@ def test_muon_fits_a_linear_map_and_treats_convolutions_as_matrices():
         optimizer.step()
         optimizer.zero_grad()
     assert float((conv.weight.detach() - want).square().mean()) < 0.05 * first
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_the_recipe_knows_a_cpu_and_a_card(device, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_tiny", "small", "--device", device])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_its_checkpoint(tmp_path):

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES, help="; ".join(f"{k}: {v}" for k, v in STAGES.items()))
     parser.add_argument("--work", type=Path, default=Path("build/train_tiny"), help="data, checkpoints, samples")
     parser.add_argument("--minutes", type=float, default=30, help="how long to train in this call (default 30)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -118,22 +118,28 @@ class Samples(IterableDataset[Batch]):
     def __init__(self, run: Run, shares: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
         self.shares, self.looks = shares, looks
         self.tokens = TOKENS_PER_BATCH[run.device]
-        self.rows = {b: np.load(latents.path_of(run, b), mmap_mode="r") for b in shares}
+        self.paths = {b: latents.path_of(run, b) for b in shares}
         self.signed = {
             b: [i for i in range(len(rows)) if scene_of(b, i).sign] if SIGNS in looks else []
-            for b, rows in self.rows.items()
+            for b, rows in self.rows().items()
         }
 
-    def __iter__(self) -> Iterator[Batch]:
-        rng = random.Random()
-        while True:
-            yield self.draw(rng)
+    def rows(self) -> dict[tuple[int, int], np.ndarray]:
+        """The latents of each size, mapped. They are no attribute: a worker process would get them as a copy."""
+        return {b: np.load(path, mmap_mode="r") for b, path in self.paths.items()}
 
-    def draw(self, rng: random.Random) -> Batch:
-        size = rng.choices(list(self.shares), list(self.shares.values()))[0]
-        rows, look = self.rows[size], rng.choice(self.looks)
+    def __iter__(self) -> Iterator[Batch]:
+        rng, rows = random.Random(), self.rows()
+        while True:
+            size = rng.choices(list(self.shares), list(self.shares.values()))[0]
+            yield self.draw(rng, size, rows[size])
+
+    def draw(self, rng: random.Random, size: tuple[int, int], rows: np.ndarray) -> Batch:
+        """As many pictures of a size as a batch has tokens for; all that there are where those are fewer."""
+        look = rng.choice(self.looks)
         count = self.tokens // (round(look.share * rows.shape[1]) + TEXT_TOKENS)
-        chosen = sorted(rng.sample(self.signed[size] if look.signs else range(len(rows)), count))
+        pool = (self.signed[size] if look.signs else ()) or range(len(rows))  # of a few pictures none may have a sign
+        chosen = sorted(rng.sample(pool, min(count, len(pool))))
         scenes = [scene_of(size, i) for i in chosen]
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
         return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, look)
@@ -147,7 +153,7 @@ def scene_of(size: tuple[int, int], row: int) -> Scene:
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
     """What ``samples`` draw; beside a card by worker processes, which would else wait for it."""
     workers = max(1, (os.cpu_count() or 2) - 1) if run.device == "cuda" else 0
-    return DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+    return DataLoader(samples, batch_size=None, num_workers=workers)
 
 
 def said(prompts: list[str], empty: float) -> list[str]:

@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def train(run: Run) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         if not run.path("latent_statistics.npy").exists():
             measure(run, code, pool)
-        vae = load_autoencoder(run)
+        vae = load_autoencoder(replace(run, device="cpu"))  # where pictures are drawn and encoded
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
         for (height, width), (whole, seed0) in BUCKETS.items():
