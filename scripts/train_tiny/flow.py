@@ -263,7 +263,7 @@ def train_guidance(run: Run) -> None:
     empty = reader([""])
 
     def questions() -> Iterator[tuple[Tensor, ...]]:
-        ask = torch.compile(velocity, dynamic=False) if run.compile else velocity
+        ask = run.compiled(velocity)
         for batch in batches(run, Samples(run, shares(run))):
             text = reader(said(batch.prompts, empty=0.05))
             x, sigma, _ = noised(batch.latents.to(run.device).float())

@@ -52,6 +52,11 @@ class Run:
         self.work.mkdir(parents=True, exist_ok=True)
         return self.work / name
 
+    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``function``, compiled if that is asked for: on a CPU for each shape that it gets, which is faster there, and on a card
+        once for all of them, since it would compile for longer than it trains."""
+        return torch.compile(function, dynamic=None if self.device == "cuda" else False) if self.compile else function
+
 
 def save_state(path: Path, state: dict[str, Tensor], facts: dict[str, float]) -> None:
     """Write tensors and a few numbers to a safetensors file, whole or not at all."""
@@ -207,8 +212,8 @@ class Trainer:
             loss_of: batch -> scalar loss.
             every: called after each checkpoint with the step's number (to print figures or write samples).
         """
-        step_loss = torch.compile(loss_of, dynamic=False) if self.run.compile else loss_of
-        running, first = 0.0, self.step
+        step_loss = self.run.compiled(loss_of)
+        first, running = self.step, None
         rate_seen, rate_time = self.seen, time.monotonic()
         while (share := self.progress()) < 1:
             batch = next(batches)
@@ -227,8 +232,8 @@ class Trainer:
             self.step += 1
             self.seen += len(batch[0])
             self.update_average()
-            value = float(loss.detach())
-            running = value if running == 0 else 0.98 * running + 0.02 * value
+            value = loss.detach()  # read only where it is told: reading waits for the card
+            running = value if running is None else running.lerp(value, 0.02)
             now = time.monotonic()
             if now - self.told > 30:
                 rate = (self.seen - rate_seen) / (now - rate_time)
