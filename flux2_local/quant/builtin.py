@@ -73,7 +73,8 @@ class QuantizedLinear(nn.Module):
             return self.arithmetic.product(*x, self.weight, self.scale, self.arithmetic.dtype)
         rows = x if x.ndim == 3 else x[None]
         if self.quantizer is None:
-            y = self.arithmetic.product(rows, self.weight, self.scale)
+            # Of more than one batch, text's and image's parts of attention's answer are not evenly spaced.
+            y = self.arithmetic.product(rows.contiguous(), self.weight, self.scale)
         else:
             y = self.arithmetic.product(*self.quantizer(rows), self.weight, self.scale, x.dtype)
         return y if x.ndim == 3 else y[0]

@@ -32,8 +32,8 @@ TEXT, IMAGE = 3, 7
 CPU = torch.device("cpu")
 
 
-def model(dtype: torch.dtype) -> Flux2Transformer:
-    net = Flux2Transformer(CONFIG)
+def model(dtype: torch.dtype, config: TransformerConfig = CONFIG) -> Flux2Transformer:
+    net = Flux2Transformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -62,18 +62,23 @@ def forward(net: Flux2Transformer, ops: Ops, batch: int) -> Tensor:
 
 
 def quantized(net: Flux2Transformer, name: str, kernels: bool) -> Flux2Transformer:
-    """A copy with int8 or fp8 blocks, whose layers run as Triton kernels or as the reference."""
+    """A copy with int8, fp8 or int4 blocks, whose layers run as Triton kernels or as the reference."""
     form, made = FORMATS[name], copy.deepcopy(net)
     kind = builtin.values_of(form)
     for layer_name, layer in Recipe(name).layers(made).items():
         ours = builtin.quantize(layer.weight.detach(), form, net.dtype, CPU)
-        assert isinstance(ours, builtin.QuantizedLinear) and ours.quantizer is not None
+        assert isinstance(ours, builtin.QuantizedLinear)
+        made.set_submodule(layer_name, ours)
+        if ours.quantizer is None:
+            way = "triton" if kernels else "reference"
+            product = choose("linear_w4a16", CPU, Format(net.dtype), implementation=way).function
+            ours.arithmetic = replace(ours.arithmetic, product=product)
+            continue
         product = choose("linear_w8a8", CPU, Format(net.dtype, kind), implementation="triton").function
         if not kernels:
             product = linear_w8a8.reference
         quantizer = replace(ours.quantizer, **({} if kernels else {"function": quantize_rows.reference}))
         ours.arithmetic = replace(ours.arithmetic, product=product, quantizer=quantizer)
-        made.set_submodule(layer_name, ours)
     return made
 
 
@@ -135,6 +140,15 @@ def test_quantized_rows_come_out_of_the_kernels_before(name: str, launches: list
         assert sum(n for kernel, n in names(launches).items() if kernel.startswith("quantize")) == 8 + 2 * 2 + 1
     else:
         assert names(launches) == per_model(*W8A8)
+
+
+def test_int4_weights_take_rows_as_attention_leaves_them(launches: list[Any]) -> None:
+    """Text's and image's parts of a batch, which nothing quantizes, and so copies, on the way."""
+    config = replace(CONFIG, num_attention_heads=8, num_single_layers=1)
+    net = model(torch.bfloat16, config)
+    plain = forward(quantized(net, "builtin-int4", kernels=False), REFERENCE, 2)
+    ours = forward(quantized(net, "builtin-int4", kernels=True), REFERENCE, 2)
+    assert names(launches) == {"linear_w4": 12 + 2} and (ours - plain).norm() <= 0.02 * plain.norm()
 
 
 @pytest.mark.parametrize("name", ["", "builtin-int8"])
