@@ -23,6 +23,14 @@ from __future__ import annotations
 
 from typing import Any
 
+OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocators, CUDA, Triton
+    "not enough memory",  # torch's on a CPU
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+    "ALLOCATION_FAILED",  # cuDNN 9
+)
+"""What errors say that mean it."""
+
 
 class Flux2Error(Exception):
     """Base of every error that flux2-local raises on purpose."""
@@ -99,3 +107,12 @@ class OutOfMemoryError(Flux2Error, MemoryError):
 
 class Cancelled(Flux2Error):
     """The caller's cancel callback asked to stop."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory ran out, by what torch, CUDA's libraries and Triton say then."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

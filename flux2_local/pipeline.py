@@ -14,7 +14,7 @@ from .attention import AUTO
 from .candidates import SYSTEM_RESERVE, Need
 from .ceiling import Ceiling
 from .costs import Work
-from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError
+from .errors import BackendUnavailableError, BudgetError, Flux2Error, OutOfMemoryError, is_out_of_memory
 from .hardware import Hardware
 from .plan import Plan, built
 from .presets import devices, show_bytes, tiers
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 
 LESS = 0.8
 """Share of a plan's peak that the next one may have where the memory ran out."""
-
-OUT_OF_MEMORY = (
-    "out of memory",  # torch's allocators, CUDA, Triton
-    "not enough memory",  # torch's on a CPU
-    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
-    "ALLOCATION_FAILED",  # cuDNN 9
-)
-"""What errors say that mean it."""
 
 T = TypeVar("T")
 
@@ -381,12 +373,3 @@ def changes(before: tuple[str, ...] | None, after: tuple[str, ...]) -> str:
     if before is None:
         return "loading it in another form had failed"
     return ", ".join(f"{new} instead of {old}" for old, new in zip(before, after, strict=False) if new != old)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory ran out, by what torch, CUDA's libraries and Triton say then."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

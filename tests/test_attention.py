@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -236,6 +237,19 @@ def test_a_trial_refuses_wrong_results(monkeypatch):
     assert "wrong" in trial.timed(lambda q, k, v: v * torch.nan, p, 0.02).problem
     broken = replace(BACKENDS["flash2"], load=lambda: 1 / 0)
     assert "ZeroDivisionError" in trial.run(broken, problem(90)).problem
+
+
+def test_a_trial_that_ran_out_of_memory_is_made_again():
+    asked = []
+
+    def load(error):
+        asked.append(error)
+        raise error
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), ImportError("no kernel")):
+        backend = replace(BACKENDS["flash2"], load=partial(load, error))
+        assert all(str(error) in trial.run(backend, problem(90)).problem for _ in range(2))
+    assert [type(error) for error in asked] == [torch.OutOfMemoryError, torch.OutOfMemoryError, ImportError]
 
 
 @pytest.mark.parametrize("name", ["xformers", "sage", "flash2", "flash3", "flex", "sdpa-cudnn"])

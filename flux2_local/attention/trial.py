@@ -8,6 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from ..errors import is_out_of_memory
 from ..model.ops import Attend, sdpa
 from .backend import Backend, Problem
 
@@ -27,19 +28,33 @@ class Trial:
     problem: str = ""
 
 
-@cache
 def run(backend: Backend, problem: Problem) -> Trial:
-    """Try a backend on random q, k and v; the answer is kept for the life of the process.
+    """Try a backend on random q, k and v; the answer is kept for the life of the process, unless memory was short.
 
     Whatever goes wrong is the answer's ``problem``: a package that does not import, a kernel that does not run, a result
     that is not attention.
     """
     try:
+        return kept(backend, problem)
+    except Exception as error:  # a model that is loaded now may be gone when the next one is planned
+        return failed(error)
+
+
+@cache
+def kept(backend: Backend, problem: Problem) -> Trial:
+    """The trial itself; it raises only what says that memory ran out."""
+    try:
         attend = backend.load()
         with torch.cuda.device(problem.device):
             return timed(attend, problem, TOLERANCE[backend.lossy])
     except Exception as error:  # a backend is someone else's code, with errors of its own
-        return Trial(0.0, f"it does not run here ({type(error).__name__}: {first_line(error)})")
+        if is_out_of_memory(error):
+            raise
+        return failed(error)
+
+
+def failed(error: Exception) -> Trial:
+    return Trial(0.0, f"it does not run here ({type(error).__name__}: {first_line(error)})")
 
 
 def timed(attend: Attend, problem: Problem, tolerance: float) -> Trial:
