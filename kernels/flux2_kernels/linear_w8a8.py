@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .constraint import FLOATS, FP8, FP8_SM, QUANTIZED, Constraint, Dims, Format, Rule, at_most, multiple
+from .constraint import FLOATS, FP8, FP8_SM, QUANTIZED, Constraint, Dims, Format, at_most, multiple
 from .modulated_norm import modulation
 from .op import Case, Cost, Function, Implementation, Inputs, Op, product, size_of
 from .quantize_rows import quantize, rows, widen
@@ -147,11 +147,7 @@ GATED_SHAPES = tuple(case for case in SHAPES if not case.name.endswith("-in"))
 
 ALIGNED = (multiple("k", 16), multiple("n", 8), at_most("k", 2**17))
 TRITON = Constraint(FLOATS, QUANTIZED, 80, FP8_SM, triton=True, rules=ALIGNED)
-LIBRARY_RULES = (
-    multiple("k", 16),
-    multiple("n", 16),
-    Rule("rows must be more than 16", lambda d: d.get("rows", 17) > 16),
-)
+LIBRARY_RULES = (multiple("k", 16), multiple("n", 16))
 SCALED_MM = Constraint((torch.bfloat16,), (FP8,), 89, rules=LIBRARY_RULES)
 INT_MM = Constraint(FLOATS, (torch.int8,), 80, triton=True, rules=LIBRARY_RULES)
 FORMATS = tuple(Format(d, q) for d in FLOATS for q in QUANTIZED)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, place_of, reasons
-from flux2_kernels.bench.tuning import groups
+from flux2_kernels.bench.tuning import Tuner, groups
 from flux2_kernels.constraint import FP8
+from flux2_kernels.gpu import int_mm
 from flux2_kernels.shapes import MODELS
 from flux2_kernels.tables import config_of, imposed, kept_sms, nearest, order_of, table
 
@@ -136,9 +137,31 @@ def test_the_library_comes_first_where_the_table_says_so() -> None:
     assert order_of(0, "linear_w8a8", INT8, defaults) == defaults
 
 
-def test_int_mm_wants_more_than_16_rows() -> None:
-    assert reasons("linear_w8a8", card(90), INT8, {"rows": 16})["int_mm"] == "rows must be more than 16"
-    assert reasons("linear_w8a8", card(90), INT8, {"rows": 17})["int_mm"] is None
+def test_the_int8_library_gets_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card it refuses fewer than 17, and a language model that writes has one."""
+    library = torch._int_mm
+
+    def refusing(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        assert x.shape[0] > 16
+        return library(x, w)
+
+    monkeypatch.setattr(torch, "_int_mm", refusing)
+    for tokens in (1, 16, 17):
+        x, w = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((1, tokens, 32), (48, 32)))
+        assert torch.equal(int_mm.sums(x, w), (x[0].int() @ w.int().T))
+
+
+def test_a_library_that_fails_is_left_out_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(self: Tuner, problems: object, implementation: str) -> float:
+        if implementation == "int_mm":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return 1.0
+
+    monkeypatch.setattr(Tuner, "seconds", seconds)
+    said: list[str] = []
+    tuner = Tuner(card(90), torch.device("cpu"), lambda op, case: case, progress=said.append)
+    assert tuner.order("linear_w8a8")["int8"] == ["triton"]
+    assert "linear_w8a8 bfloat16+int8 int_mm: RuntimeError" in said
 
 
 def test_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,12 @@ class Tuner:
             problems = _shapes((name,), form)
             dims = self.cut(OPS[name], problems[0][2]).dims
             usable = [i for i, why in reasons(name, self.place, form, dims).items() if why is None and i != "reference"]
-            times = {i: self.seconds(problems, i) for i in usable}
+            times = {}
+            for i in usable:
+                try:
+                    times[i] = self.seconds(problems, i)
+                except Exception as error:  # a library may refuse what its constraint allows
+                    self.progress(f"{name} {form} {i}: {type(error).__name__}")
             if times:
                 result[name_of(form.quantized)] = sorted(times, key=times.__getitem__)
                 self.progress(f"{name} {form}: " + ", ".join(f"{i} {t:.3f} ms" for i, t in times.items()))

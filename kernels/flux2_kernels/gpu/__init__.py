@@ -1,1 +1,2 @@
-"""The Triton implementations; importing a module here but ``operands`` and ``scaled_mm`` imports Triton and registers its ops."""
+"""The Triton implementations; importing a module here imports Triton and registers its ops, but for ``operands``, ``scaled_mm`` and
+``int_mm``."""

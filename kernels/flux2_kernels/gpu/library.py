@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..constraint import FP8
 from ..tables import config_of
-from . import scaled_mm
+from . import int_mm, scaled_mm
 from .gated_residual import gated_residual
 from .launch import DEVICES, Launch, batch_stride, options_of, sm
 from .linear_w8a8 import finish
@@ -92,7 +92,7 @@ def linear_w8a8(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: t
     """As :func:`flux2_kernels.linear_w8a8.reference`, for int8 rows."""
     check_w8a8(x, x_scale, w, w_scale)
     out = x.new_empty((*x.shape[:2], w.shape[0]), dtype=dtype)
-    torch.ops.flux2_kernels.scale_sums(torch._int_mm(x.flatten(0, 1), w.t()), x_scale, w_scale, None, None, out)
+    torch.ops.flux2_kernels.scale_sums(int_mm.sums(x, w), x_scale, w_scale, None, None, out)
     return out
 
 
@@ -102,6 +102,5 @@ def linear_w8a8_gated(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ga
         return gated_residual(residual, gate, scaled_mm.linear_w8a8(x, x_scale, w, w_scale, residual.dtype))
     check_w8a8(x, x_scale, w, w_scale)
     out = x.new_empty(residual.shape, dtype=residual.dtype)
-    total = torch._int_mm(x.flatten(0, 1), w.t())
-    torch.ops.flux2_kernels.scale_sums(total, x_scale, w_scale, gate, residual, out)
+    torch.ops.flux2_kernels.scale_sums(int_mm.sums(x, w), x_scale, w_scale, gate, residual, out)
     return out
