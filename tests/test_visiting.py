@@ -53,6 +53,30 @@ def test_modulations_leave_when_the_table_is_made_and_come_for_another(dev_folde
     assert all(inside) and all(a is b for (_, a), b in zip(hung(net.norm_out), own[-1:], strict=True))
 
 
+def test_what_came_leaves_when_the_rest_cannot_come(dev_folder, monkeypatch):
+    """As where the device's memory runs out, or somebody interrupts."""
+    net, asked, real = Flux2.load(dev_folder)._components.transformer, [], visiting.moved
+
+    def crowded(value, device):
+        asked.append(value)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(value, device)
+
+    own = [value for name in SCHEDULE for _, value in hung(getattr(net, name))]
+    net.time_guidance_embed._forward_pre_hooks.clear()  # of its placement when it was loaded
+    monkeypatch.setattr(visiting, "moved", crowded)
+    hold = resident.hold(net, torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt), hold():
+        net.modulation(torch.tensor(0.5), 2.5)
+    left = [value for name in SCHEDULE for _, value in hung(getattr(net, name))]
+    assert all(a is b for a, b in zip(left, own, strict=True))
+    asked[:] = [None] * 3
+    with hold():
+        net.modulation(torch.tensor(0.5), 2.5)
+    assert len(asked) == 3 + len(own)
+
+
 def test_tables_are_made_once_and_the_oldest_leaves(dev_folder, monkeypatch):
     flux, made = Flux2.load(dev_folder), []
     net = flux._components.transformer

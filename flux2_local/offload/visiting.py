@@ -37,8 +37,12 @@ class Visitors:
     def _come(self, *_: Any) -> None:
         if not self._here:
             self._here = True
-            for place, value in fetched(self._home, lambda entry: on_host(entry[1])):
-                hang([(place, moved(value, self.device))])
+            try:
+                for place, value in fetched(self._home, lambda entry: on_host(entry[1])):
+                    hang([(place, moved(value, self.device))])
+            except BaseException:  # the next use would find some of them here
+                self.leave()
+                raise
 
     def leave(self, *_: Any) -> None:
         """Let the network have its own tensors again, and the system what it read of their files."""
