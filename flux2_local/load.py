@@ -319,7 +319,7 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
     if held.format in DTYPES:
         weights.fill(network, source.tensors(network), dtype=DTYPES[held.format], device=home)
         for adapter, (update, strength) in zip(source.adapters, updates, strict=True):
-            loras.merge(network, update, strength, adapter.path.name)
+            loras.merge(network, update, strength, adapter.path.name, home)
         return ""
     for adapter, (update, _) in zip(source.adapters, updates, strict=True):
         loras.check(network, update, adapter.path.name)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from . import mapping, weights
@@ -122,8 +123,17 @@ def _convert(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def merge(module: nn.Module, updates: dict[str, Update], strength: float, source: str) -> None:
+def merge(
+    module: nn.Module, updates: dict[str, Update], strength: float, source: str, home: torch.device | None = None
+) -> None:
     """Add updates to a dense module's weights, computed in float32 and rounded once.
+
+    Args:
+        module: changed in place.
+        updates: hub name of the layer -> what is added to its weight.
+        strength: what updates are multiplied by.
+        source: what to call the adapter in errors.
+        home: where merged weights go; each stays where it was where None.
 
     Raises:
         WeightsDamagedError: an update names a module that is not there or has another shape.
@@ -132,7 +142,7 @@ def merge(module: nn.Module, updates: dict[str, Update], strength: float, source
     layers = ((name, module.get_submodule(name)) for name in updates)
     for name, layer in mapping.fetched(layers, lambda one: [one[1].get_parameter("weight").detach()]):
         assert isinstance(layer, nn.Linear)
-        merged = added(name, layer.weight, [(updates, strength)]).to(layer.weight.dtype)
+        merged = added(name, layer.weight, [(updates, strength)]).to(home or layer.weight.device, layer.weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)
 
 

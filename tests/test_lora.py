@@ -1,6 +1,7 @@
 """LoRA files in the layouts that are about, against diffusers' own loading of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from diffusers import Flux2Pipeline
 from safetensors.torch import save_file
 
-from flux2_local import Flux2, WeightsDamagedError
+from flux2_local import Flux2, WeightsDamagedError, load
+from flux2_local.lora import Lora
+from flux2_local.model.meta import meta
+from flux2_local.model.transformer import Flux2Transformer
 
 FIELDS = {"image_size": "square", "num_inference_steps": 4, "seed": 3, "enable_safety_checker": False}
 RANK = 4
@@ -110,6 +114,19 @@ def test_several_loras_add_up(tmp_path, dev_folder):
     twice = pixels(Flux2.load(dev_folder, acceleration="none", lora=[(path, 0.25), (path, 0.75)]))
     once = pixels(Flux2.load(dev_folder, acceleration="none", lora=path))
     assert np.abs(twice - once).max() <= 2
+
+
+def test_what_is_merged_goes_to_the_device_at_once(tmp_path, dev_folder):
+    """One weight after the other: host memory may be too short for all of them. What is not changed stays in its file."""
+    state, facts = as_diffusers()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "lora.safetensors", facts)
+    flux = Flux2.load(dev_folder, dtype="float32")
+    source = load.Source(flux.checkpoint, "transformer", (Lora(tmp_path / "lora.safetensors"),))
+    with meta():
+        net = Flux2Transformer(flux._components.transformer.config)
+    held = replace(flux.plan.transformer, placement="resident")
+    load.fill(net, held, "float32", source, torch.device("meta"))
+    assert {name.removesuffix(".weight") for name, value in net.named_parameters() if value.is_meta} == set(TARGETS)
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path, dev_folder):
