@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from flux2_local import Flux2
 from flux2_local.cli import app
 from flux2_local.endpoints import Pipelines
+from flux2_local.quant import builtin
 from flux2_local.text import kept
 from flux2_local.text.kept import KeptPrompts
 
@@ -44,6 +45,24 @@ def test_a_known_prompt_needs_no_text_encoder(klein_base_folder, cache):
     assert np.array_equal(draw(second)[0], wanted) and not read(second)
     assert not np.array_equal(draw(second, "a green house")[0], wanted) and read(second)
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_text_encoder_whose_reading_was_broken_off_is_read_again(klein_folder, tmp_path, monkeypatch):
+    wanted, _ = draw(Flux2.load(klein_folder, quantize="builtin-int8"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing is quantized yet
+    flux = Flux2.load(klein_folder, quantize="builtin-int8", keep_prompts=True)
+    done, quantize = [], builtin.quantize
+
+    def stopped(*given):
+        done.append(given)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return quantize(*given)
+
+    monkeypatch.setattr(builtin, "quantize", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        draw(flux)
+    assert np.array_equal(draw(flux)[0], wanted)
 
 
 def test_many_requests_use_it_too(dev_folder, cache):
