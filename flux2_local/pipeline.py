@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 LESS = 0.8
 """Share of a plan's peak that the next one may have where the memory ran out."""
+
+NO_ENGINE = "unable to find an engine"
+"""What torch says of a convolution where none of cuDNN's ways got its workspace, or where there is none: less memory is tried, and if
+that fails too, no more is said than this."""
 
 T = TypeVar("T")
 
@@ -221,11 +226,12 @@ class Flux2:
         try:
             return attempt(), []
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and NO_ENGINE not in str(error):
                 raise
             cause = str(error)
         # Outside the handler: the traceback would keep the first attempt's tensors.
         less, note = self._plan_for_less(failed, again, cause)
+        gc.collect()  # what it has left may refer to itself, as compiled blocks do
         try:
             return attempt(), [note]
         except Exception as error:
@@ -317,6 +323,7 @@ class Flux2:
         # The old weights leave before the new ones come, which may fail.
         self._built = {name: form for name, form in had.items() if name not in parts}
         self._components = load.emptied(self._components, parts)
+        gc.collect()  # compiled blocks refer to themselves
         self._components = self._build(plan, self._components, parts)
         load.settle(self._components, plan)
         self.plan, self._built = plan, wanted

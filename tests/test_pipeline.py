@@ -296,11 +296,16 @@ def test_running_out_of_memory_is_tried_again_with_less(dev_folder, monkeypatch)
 
 @pytest.mark.parametrize("times", [1, 2, 9])
 def test_running_out_of_memory_while_loading_is_tried_again_with_less(dev_folder, times, monkeypatch):
-    plans, build = [], Flux2._build
+    plans, left, build = [], [], Flux2._build
 
     def crowded(self, plan, *others):
+        assert not any(network() for network in left), "what came before is gone"
         plans.append(plan)
         if len(plans) <= times:
+            network = torch.nn.Linear(1, 1)
+            network.forward = network.forward  # refers to itself, as what is compiled does
+            left.append(weakref.ref(network))
+            gc.collect(1)  # as where it has been there for long
             raise RuntimeError("CUDA error: out of memory")
         return build(self, plan, *others)
 
@@ -331,6 +336,27 @@ def test_running_out_of_memory_while_loading_is_tried_again_with_less(dev_folder
 )
 def test_running_out_of_memory_is_known_by_what_is_said(text, out):
     assert pipeline.is_out_of_memory(RuntimeError(text)) is out
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_convolution_without_an_engine_is_tried_again_with_less(dev_folder, times, monkeypatch):
+    """Memory may have been too short for it; where it was not, nobody is told so."""
+    flux, begun, work = Flux2.load(dev_folder), [], pipeline.paint
+
+    def crowded(runs):
+        begun.append(runs)
+        if len(begun) <= times:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        work(runs)
+
+    monkeypatch.setattr(pipeline, "paint", crowded)
+    fields = {**FAST, "image_size": {"width": 1024, "height": 1024}}
+    if times == 1:
+        assert any("ran out" in note for note in flux.generate("a boat", **fields).notes)
+    else:
+        with pytest.raises(RuntimeError, match="unable to find an engine"):
+            flux.generate("a boat", **fields)
+    assert len(begun) == 2
 
 
 def test_other_errors_are_not_dressed_up(flux, monkeypatch):
@@ -368,10 +394,10 @@ def test_other_operations_take_the_same_weights(dev_folder):
 def test_a_reload_that_fails_leaves_a_pipeline_that_loads_again(dev_folder, monkeypatch):
     flux, build = Flux2.load(dev_folder, dtype="float32"), Flux2._build
     expected, before, alive = flux.generate("a boat", seed=1, **FAST), flux.plan, []
+    flux._components.vae.forward = flux._components.vae.forward  # refers to itself, as what is compiled does
     network = weakref.ref(flux._components.vae)
 
     def failing(self, plan, before, parts):
-        gc.collect()
         alive.append(network())
         raise RuntimeError("unreadable")
 
