@@ -171,8 +171,10 @@ def reading(flux: Flux2, runs: list[Run], later: list[Run], thread: ThreadPoolEx
     same = [run for run in later if built(run.plan)["text_encoder"] == form and not run.request.enable_prompt_expansion]
     if flux.plan.text_encoder.placement == "resident":
         beside = thread.submit(lambda: memory.read(tokens_of(same)))
-        yield
-        wait([beside])
+        try:
+            yield
+        finally:  # what is tried again may load another text encoder
+            wait([beside])
         return
     own = tokens_of([run for run in runs if not run.request.enable_prompt_expansion])
     if not memory.knows(own):

@@ -1,8 +1,12 @@
 """Many pictures through one model: what is denoised together, and that it changes no picture."""
 
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+
+import pytest
 
 from flux2_local import Flux2, costs, footprint, load, many, sampler
 from flux2_local.candidates import LAYOUTS, Draft, Need, Terms
@@ -13,6 +17,7 @@ from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.plan import Wishes, built, make_plan
 from flux2_local.presets import CachePolicy, devices, models, tiers
+from flux2_local.progress import Reporter
 from flux2_local.request import make_request
 
 SMALL = {"image_size": "square", "num_inference_steps": 8, "enable_safety_checker": False}
@@ -170,6 +175,22 @@ def test_the_next_prompt_is_read_while_the_last_is_drawn(tiny, monkeypatch):
     next(results)
     assert events.index("read") < len(events) - 1 and tiny._components.text_encoder.encoded == 2
     list(results)
+
+
+def test_what_is_read_beside_has_ended_before_anything_is_tried_again(tiny, monkeypatch):
+    """With another text encoder, it may be."""
+    from flux2_local.text.memory import Memory
+
+    ended, begin, read = [], threading.Event(), Memory.read
+    monkeypatch.setattr(many, "ahead", lambda flux: many.AHEAD_RESIDENT)
+    monkeypatch.setattr(Memory, "read", lambda self, new: (begin.wait(5), read(self, new), ended.append(1)))
+    monkeypatch.setattr(tiny, "_components", tiny._components)
+    run = tiny._run({"prompt": "a", **SMALL}, Reporter(None, None))
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(RuntimeError, match="out of memory"), many.reading(tiny, [run], [run], thread):
+            threading.Timer(0.1, begin.set).start()
+            raise RuntimeError("out of memory")
+        assert ended == [1]
 
 
 def test_weights_that_visit_the_device_come_once_for_several_prompts(flash, monkeypatch):
