@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import pytest
@@ -40,7 +40,7 @@ def counting(monkeypatch):
     """CUDA's part of the link played by the host; the bytes of page-locked buffers that are alive."""
     alive = []
 
-    def pinned(size):
+    def pinned(size, device):
         buffer = torch.empty(size, dtype=torch.uint8)
         alive.append(size)
         weakref.finalize(buffer.untyped_storage(), alive.remove, size)
@@ -81,16 +81,25 @@ def test_the_link_takes_the_host_memory_that_is_planned(counting, tmp_path, shar
 
 
 def test_a_system_that_refuses_to_pin_is_asked_once_and_its_error_ends_there(monkeypatch):
-    """CUDA would raise it from the next kernel otherwise. ``left``: errors that it has not raised yet."""
-    asked, left, told = [], [], []
+    """CUDA would raise it from the next kernel otherwise. ``left``: errors that it has not raised yet. It is asked with the link's
+    device for the current one, as it is to give up what it locked: it works with the first card otherwise."""
+    asked, left, told, current, freed = [], [], [], [], []
+
+    @contextmanager
+    def device(one):
+        current.append(one)
+        yield
+        current.pop()
 
     class Runtime:
         def cudaHostRegister(self, address, size, flags):
+            assert current == [torch.device("cpu")]
             asked.append(size)
             left.extend(["out of memory"] * (len(asked) > 2))
             return 2 if len(asked) > 2 else 0
 
         def cudaHostUnregister(self, address):
+            freed.extend(current)
             return 0
 
     def synchronize(device):
@@ -99,6 +108,7 @@ def test_a_system_that_refuses_to_pin_is_asked_once_and_its_error_ends_there(mon
 
     for name, stand_in in (
         ("cudart", Runtime),
+        ("device", device),
         ("synchronize", synchronize),
         ("Stream", lambda device: Events()),
         ("stream", lambda stream: nullcontext()),
@@ -113,6 +123,10 @@ def test_a_system_that_refuses_to_pin_is_asked_once_and_its_error_ends_there(mon
     with hold(), torch.inference_mode():
         assert all(torch.equal(layer(torch.ones(4)), x) for layer, x in zip(network.layers, expected, strict=True))
     assert len(asked) == 3
+    hold.release()
+    del hold, network
+    gc.collect()
+    assert freed == [torch.device("cpu")] * 2
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class CudaLink:
 
     def _host_buffer(self, size: int) -> Tensor:
         """Uint8 [size], page-locked until the system refuses that; copies from others are slower."""
-        buffer = pinned(size) if self._pins else None
+        buffer = pinned(size, self.device) if self._pins else None
         if buffer is not None:
             return buffer
         if self._pins:
@@ -134,19 +134,26 @@ class CudaLink:
         self._queued = False
 
 
-def pinned(size: int) -> Tensor | None:
-    """A page-locked host buffer, uint8 [size]; None where the system refuses one.
+def pinned(size: int, device: torch.device) -> Tensor | None:
+    """A page-locked host buffer for copies to ``device``, uint8 [size]; None where the system refuses one.
 
     torch's own pinned memory comes in powers of two, up to twice what is needed.
     """
     buffer = torch.empty(size, dtype=torch.uint8)
-    runtime: Any = torch.cuda.cudart()
     if size:
-        if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) != 0:
-            return None
-        release: Callable[[int], Any] = runtime.cudaHostUnregister
-        weakref.finalize(buffer.untyped_storage(), release, buffer.data_ptr())
+        runtime: Any = torch.cuda.cudart()
+        with torch.cuda.device(device):  # CUDA takes some of the first card otherwise, whichever is meant
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) != 0:
+                return None
+        weakref.finalize(buffer.untyped_storage(), unpin, buffer.data_ptr(), device)
     return buffer
+
+
+def unpin(address: int, device: torch.device) -> None:
+    """Give up what :func:`pinned` locked."""
+    runtime: Any = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        runtime.cudaHostUnregister(address)
 
 
 def forget_error(device: torch.device) -> None:
