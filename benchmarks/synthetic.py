@@ -135,19 +135,20 @@ def drawn() -> Iterator[None]:
 
 @torch.no_grad()
 def fill_random(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, device: torch.device) -> str:
-    """What :func:`flux2_local.load.fill` does, with numbers drawn on ``device`` a layer at a time and kept on the host."""
-    draw = drawer(device)
+    """What :func:`flux2_local.load.fill` does, with numbers drawn on ``device`` a layer at a time, to stay there if the network is
+    resident, or on the host."""
+    draw, home = drawer(device), device if held.placement == "resident" else torch.device("cpu")
     quantized: tuple[str, ...] = ()
     if held.format not in DTYPES:
         recipe = Recipe(held.format, keep=held.keep)
         for name, layer in recipe.layers(network).items():
             made = backend(recipe.form).quantize(draw(layer.weight, DTYPES[dtype]), recipe.form, DTYPES[dtype], device)
-            network.set_submodule(name, made.to("cpu"))
+            network.set_submodule(name, made.to(home))
             quantized += (f"{name}.",)
     kind = DTYPES[dtype if quantized else held.format]
     for name, value in (*network.named_parameters(), *network.named_buffers()):
         if not name.startswith(quantized or "\0"):
-            weights.assign(network, name, draw(value, kind).cpu())
+            weights.assign(network, name, draw(value, kind).to(home))
     return ""
 
 

@@ -17,7 +17,7 @@ from flux2_local.candidates import Need
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, RequestError
 from flux2_local.hardware import from_preset, probe
-from flux2_local.plan import make_plan
+from flux2_local.plan import ComponentPlan, make_plan
 from flux2_local.presets import families
 from flux2_local.settings import choose, make_settings
 from flux2_local.store import find
@@ -51,6 +51,19 @@ def test_weights_are_drawn_as_the_plan_says_and_draw_a_picture(tmp_path, quantiz
     assert block.to_out.weight.dtype is (torch.int8 if quantize == "builtin-int8" else load.DTYPES[flux.plan.dtype])
     result = flux.generate("a boat", image_size={"width": 512, "height": 512}, num_inference_steps=4)
     assert result.images[0].image.getextrema()[0][0] < result.images[0].image.getextrema()[0][1]
+
+
+def test_what_stays_on_the_device_is_not_on_the_host_in_between(monkeypatch):
+    """The device is that which tensors cannot come back from."""
+    monkeypatch.setattr(
+        synthetic, "drawer", lambda device: lambda like, dtype: torch.empty(like.shape, dtype=dtype, device=device)
+    )
+    source, device = load.Source(find("tiny", "standard"), "transformer"), torch.device("meta")
+    net = torch.nn.Linear(2, 2, device="meta")
+    synthetic.fill_random(net, ComponentPlan("bfloat16", "resident"), "bfloat16", source, device)
+    assert net.weight.is_meta and net.weight.dtype == torch.bfloat16
+    with pytest.raises(NotImplementedError):
+        synthetic.fill_random(net, ComponentPlan("bfloat16", "streamed"), "bfloat16", source, device)
 
 
 @pytest.fixture(scope="module")
