@@ -5,8 +5,9 @@
     python -m benchmarks.tiers --model tiny --size 512x512 --device cpu    # the same code where there is no card
 
 What is timed is denoising: from noise and a prompt's embedding to a picture's latents, with the weights on the device. All share
-one set of 16-bit weights and take turns with diffusers' stock pipeline; those that quantize them do so one after another, each
-with the stock pipeline beside it, and let go of theirs. The others' pipelines are made as `flux2-local bench` makes them. Tiers
+one set of 16-bit weights, and one after another takes turns with diffusers' stock pipeline and lets go of what it made of them;
+those come first that aims are about, and the result is written anew after every picture. The others' pipelines are made as
+`flux2-local bench` makes them. Tiers
 run as the plan says; "mask" beside a tier replays the steps that the bundled model's step cache skipped in it
 (``benchmarks/masks.py``), since what random weights draw says nothing about what may be skipped; a pipeline that decides by its own
 activations, as cache-dit does, is at their mercy. For the same reason the error of the latents, against diffusers', says only
@@ -39,7 +40,7 @@ from flux2_local.cli.options import parse_size
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, Flux2Error
 from flux2_local.explore import family_architecture
-from flux2_local.files import cache_folder
+from flux2_local.files import cache_folder, free_name
 from flux2_local.hardware import Hardware, probe
 from flux2_local.latents import image_positions, noise, pack, text_positions
 from flux2_local.load import DTYPES
@@ -51,7 +52,7 @@ from flux2_local.plan import Plan
 from flux2_local.presets import models, show_bytes
 from flux2_local.quant.convert import convert
 from flux2_local.quant.recipe import Recipe
-from flux2_local.request import ACCELERATIONS, Acceleration, make_request
+from flux2_local.request import Acceleration, make_request
 from flux2_local.sampler import Conditions, denoise
 from flux2_local.schedule import make_schedule
 from flux2_local.settings import choose, make_settings
@@ -110,16 +111,19 @@ class Tier:
 
 
 OURS = {
-    **{name: Tier(name) for name in ACCELERATIONS},
-    "high, int8": Tier("high", "builtin-int8"),
-    "high, fp8": Tier("high", "builtin-fp8"),
+    "none": Tier("none"),
     "regular, mask": Tier("regular", mask=True),
     "high, mask": Tier("high", mask=True),
+    "regular": Tier("regular"),
     "high, int8, mask": Tier("high", "builtin-int8", mask=True),
     "high, fp8, mask": Tier("high", "builtin-fp8", mask=True),
+    "high": Tier("high"),
+    "high, int8": Tier("high", "builtin-int8"),
+    "high, fp8": Tier("high", "builtin-fp8"),
 }
-QUANTIZED = ("torchao int8", "torchao fp8")
-PEERS = ("diffusers, compiled", "cache-dit", "cache-dit, compiled", *QUANTIZED)
+"""What aims are about comes first: measuring may end early."""
+
+PEERS = ("cache-dit", "diffusers, compiled", "cache-dit, compiled", "torchao int8", "torchao fp8")
 """Of ``flux2-local bench``'s contenders those that keep all weights on the device (offload is in :mod:`.budgets`)."""
 
 AIMS = {"none": 1.4, "regular, mask": 2.2, "high, mask": 4.5}
@@ -217,10 +221,6 @@ class Bench:
         settings = make_settings("standard", tier.acceleration, dtype=self.dtype, quantize=tier.quantize)
         return choose(self.checkpoint.folder, settings, self.hardware, self.work)[1]
 
-    def quantizes(self, name: str) -> bool:
-        """Whether a contender makes weights of its own."""
-        return self.plan(OURS[name]).transformer.format not in DTYPES if name in OURS else name in QUANTIZED
-
     def tier(self, name: str) -> Contender:
         """One of :data:`OURS`; the weights stay on the device whatever the plan says of their place.
 
@@ -314,60 +314,57 @@ def largest(hardware: Hardware) -> str:
 
 @dataclass
 class Outcome:
-    """Who ran, the stock pipeline first, and why others did not."""
+    """Who was built, and why others were not or went no further."""
 
     contenders: list[Contender] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
-    def built(self, bench: Bench, names: Sequence[str]) -> Iterator[Contender]:
-        """Those of ``names`` that can be built."""
-        for name in names:
-            try:
-                yield bench.tier(name) if name in OURS else bench.peer(name)
-            except Exception as error:  # whatever a contender fails with is its result
-                self.refuse(name, error)
+    def build(self, bench: Bench, name: str) -> Contender | None:
+        """One that is there from now on; None if it cannot be built."""
+        try:
+            made = bench.stock() if name == BASE else bench.tier(name) if name in OURS else bench.peer(name)
+        except Exception as error:  # whatever a contender fails with is its result
+            self.refuse(name, error)
+            return None
+        self.contenders.append(made)
+        return made
+
+    @property
+    def measured(self) -> list[Contender]:
+        """Those with a sample."""
+        return [one for one in self.contenders if one.samples]
 
     def refuse(self, name: str, error: Exception) -> None:
         self.refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         print(f"{name}: {self.refused[name]}", flush=True)
 
 
-def measure(bench: Bench, names: Sequence[str], rounds: int) -> Outcome:
-    """The stock pipeline and those of ``names`` in turn, then each that quantizes beside the stock pipeline."""
-    stock = bench.stock()
-    outcome = Outcome([stock])
-    apart = [name for name in names if plans_to_quantize(bench, name, outcome)]
-    shared = [name for name in names if name not in (*apart, *outcome.refused)]
-    for group in (shared, *([name] for name in apart)):
-        others = list(outcome.built(bench, group))
-        take_turns([stock, *others], bench.device, rounds, outcome)
-        outcome.contenders += [one for one in others if one.samples]
-        for one in others:
+def measure(bench: Bench, names: Sequence[str], rounds: int) -> Iterator[Outcome]:
+    """Each of ``names`` in turn with the stock pipeline, one after another; what is known, after every picture. Where the stock
+    pipeline fails they go on alone."""
+    outcome = Outcome()
+    stock = outcome.build(bench, BASE)
+    for name in names:
+        if (one := outcome.build(bench, name)) is not None:
+            pair = [one] if stock is None or BASE in outcome.refused else [stock, one]
+            for _ in take_turns(pair, bench.device, rounds, outcome):
+                yield outcome
             one.run = one.tell = nothing  # and with them its weights
-        del others
-        torch._dynamo.reset()  # the next ones compile the same code of other modules
+        torch._dynamo.reset()  # the next one compiles the same code of other modules
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
-    return outcome
+        yield outcome
 
 
 def nothing(*_: Any) -> Any:
     raise RuntimeError("it has been let go")
 
 
-def plans_to_quantize(bench: Bench, name: str, outcome: Outcome) -> bool:
-    try:
-        return bench.quantizes(name)
-    except Flux2Error as error:
-        outcome.refuse(name, error)
-        return False
-
-
-def take_turns(contenders: list[Contender], device: torch.device, rounds: int, outcome: Outcome) -> None:
-    """A first picture each unless it was drawn before, then ``rounds`` in turn with the first of them, the stock pipeline; one that
-    fails is not asked again."""
-    able, began = list(contenders), len(contenders[0].samples)
+def take_turns(pair: list[Contender], device: torch.device, rounds: int, outcome: Outcome) -> Iterator[None]:
+    """A first picture each unless it was drawn before, then ``rounds`` in turn, the stock pipeline before the other one; yields after
+    every picture. The stock pipeline is not asked again if it fails, and nothing is once the other one does."""
+    stock, able = pair[0], list(pair)
     for number in range(rounds + 1):
         for contender in list(able):
             if number == 0 and contender.first:
@@ -375,19 +372,19 @@ def take_turns(contenders: list[Contender], device: torch.device, rounds: int, o
             try:
                 seconds = timed(contender, device)
             except Exception as error:  # such as what torch.compile or a package raises
-                if contender is contenders[0]:
-                    raise
                 outcome.refuse(contender.name, error)
-                contender.samples.clear()
                 able.remove(contender)
+                if contender is pair[-1]:
+                    return
                 continue
             if number == 0:
                 contender.first = seconds
             else:
                 contender.samples.append(seconds)
+                if stock in able and stock.name == BASE:
+                    contender.beside.append(stock.samples[-1])
             print(f"{contender.name}: {seconds:.3f} s{'' if number else ', the first one'}", flush=True)
-    for contender in able:
-        contender.beside = contenders[0].samples[began:] if contender is not contenders[0] else contender.samples
+            yield
 
 
 def timed(contender: Contender, device: torch.device) -> float:
@@ -403,15 +400,17 @@ def timed(contender: Contender, device: torch.device) -> float:
 
 def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float]) -> list[dict[str, Any]]:
     """A record each: ratios are medians over the rounds; ``tflop_per_s`` is of all steps' arithmetic, and the shares of the product
-    and the copy rate are of what was computed. Formats other than the activations' are held to the rate of these."""
-    arch, stock = replace(load.architecture(bench.checkpoint), passes=1), contenders[0]
+    and the copy rate are of what was computed. Formats other than the activations' are held to the rate of these. Where the stock
+    pipeline failed there is no ratio and no error."""
+    arch = replace(load.architecture(bench.checkpoint), passes=1)
+    stock = next((one.latents for one in contenders if one.name == BASE), None)
     tokens = arch.tokens(bench.work.width, bench.work.height) + arch.text_tokens
     step, blocks = costs.step_flops(arch, bench.work), costs.one_block_flops(arch, tokens, tokens)
     rows = []
     for contender in contenders:
-        assert contender.latents is not None and stock.latents is not None
+        assert contender.latents is not None
         seconds, skipped = statistics.median(contender.samples), contender.skipped
-        ratios = [a / b for a, b in zip(contender.beside, contender.samples, strict=True)]
+        ratios = [a / b for a, b in zip(contender.beside, contender.samples, strict=False)]  # it may have failed since
         flops = bench.work.steps * step
         computed = flops - sum(count * one for count, one in zip(skipped, blocks, strict=True))
         moved = bench.work.steps * computed / flops * costs.step_bytes(arch, bench.work, contender.dtype)
@@ -420,13 +419,13 @@ def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float
                 "name": contender.name,
                 "dtype": contender.dtype,
                 "seconds": seconds,
-                "ratio": statistics.median(ratios),
+                "ratio": statistics.median(ratios) if ratios else None,
                 "step_seconds": seconds / bench.work.steps,
                 "tflop_per_s": flops / seconds / 1e12,
                 "share": computed / seconds / measured[contender.dtype],
                 "copy_share": moved / seconds / measured["copy"],
                 "skipped": skipped,
-                "error": synthetic.relative_error(contender.latents, stock.latents),
+                "error": None if stock is None else synthetic.relative_error(contender.latents, stock),
                 "first_seconds": contender.first,
                 "samples": contender.samples,
                 "plan": contender.choices,
@@ -438,20 +437,28 @@ def figures(contenders: list[Contender], bench: Bench, measured: dict[str, float
 def aims(rows: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
     """Whether :data:`AIMS` were reached."""
     found = {row["name"]: row for row in rows}
+
+    def held(name: str, figure: str, least: float) -> bool | None:
+        value = found.get(name, {}).get(figure)
+        return None if value is None else value >= least
+
     for name, ratio in AIMS.items():
-        yield name, f"{ratio} times diffusers", found[name]["ratio"] >= ratio if name in found else None
+        yield name, f"{ratio} times diffusers", held(name, "ratio", ratio)
     for name in ("none", "regular"):
-        yield name, f"{BUSY:.0%} of the product rate", found[name]["share"] >= BUSY if name in found else None
+        yield name, f"{BUSY:.0%} of the product rate", held(name, "share", BUSY)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     head = ("", "seconds", "× diffusers", "TFLOP/s", "of products", "of copies", "error")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [
-        f"| {r['name']} | {r['seconds']:.3f} | {r['ratio']:.2f} | {r['tflop_per_s']:.3g} | {r['share']:.0%} "
-        f"| {r['copy_share']:.0%} | {r['error']:.2g} |"
-        for r in rows
-    ]
+    for r in rows:
+        ratio, error = (
+            "" if r[key] is None else f"{r[key]:{form}}" for key, form in (("ratio", ".2f"), ("error", ".2g"))
+        )
+        lines.append(
+            f"| {r['name']} | {r['seconds']:.3f} | {ratio} | {r['tflop_per_s']:.3g} | {r['share']:.0%} "
+            f"| {r['copy_share']:.0%} | {error} |"
+        )
     return "\n".join(lines)
 
 
@@ -464,7 +471,7 @@ def options(kind: str, about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best there is)")
     parser.add_argument("--size", type=pixels, default="1024x1024", metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--out", type=Path, help=f"the JSON file (default benchmarks/results/{kind}-DATE.json)")
+    parser.add_argument("--out", type=Path, help=f"the JSON file (default: a new benchmarks/results/{kind}-DATE.json)")
     return parser
 
 
@@ -482,23 +489,26 @@ def main() -> None:
     )
     args = parser.parse_args()
     hardware, (width, height) = probe(args.device), args.size
+    record = environment.record(hardware.device)
+    record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rows": [], "refused": {}}
+    record |= {"not_asked": [n for n in names if args.only and n not in args.only]}
+    path = args.out or free_name(environment.place(record, "tiers"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = synthetic.folder(args.model, Path(scratch) / args.model)
         check_memory(args.model, load.architecture(find(folder, "standard")), hardware)
         bench = prepare(folder, hardware, width, height, args.steps, torch.device(hardware.device))
-        measured = rates.measure(hardware.device, {"float32", bench.dtype}, seconds=0.5)
-        outcome = measure(bench, args.only or names, args.rounds)
-        rows = figures(outcome.contenders, bench, measured)
-    record = environment.record(hardware.device)
-    record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rates": measured, "rows": rows}
-    record |= {"refused": outcome.refused, "not_asked": [n for n in names if args.only and n not in args.only]}
-    print(table(rows))
-    if (args.model, width, height, args.steps, hardware.kind) == ("dev", 1024, 1024, 28, "cuda"):
-        record["aims"] = tally(aims(rows))
+        record["rates"] = rates.measure(hardware.device, {"float32", bench.dtype}, seconds=0.5)
+        for outcome in measure(bench, args.only or names, args.rounds):
+            record |= {"rows": figures(outcome.measured, bench, record["rates"]), "refused": outcome.refused}
+            if (args.model, width, height, args.steps, hardware.kind) == ("dev", 1024, 1024, 28, "cuda"):
+                record["aims"] = tally(aims(record["rows"]))
+            environment.keep(record, "tiers", path)
+    print(table(record["rows"]))
+    if "aims" in record:
         print(told_verdicts(record["aims"]))
     if record["not_asked"]:
         print(f"not asked for: {'; '.join(record['not_asked'])}")
-    print(f"written: {environment.keep(record, 'tiers', args.out)}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

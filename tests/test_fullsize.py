@@ -81,13 +81,16 @@ def test_tiers_take_turns_on_the_same_weights_and_none_computes_what_diffusers_d
     monkeypatch.setitem(CONTENDERS, "cache-dit", replace(CONTENDERS["cache-dit"], needs=("nowhere-to-be-found",)))
     monkeypatch.setattr(masks, "read", lambda *_: Recorded(math.inf, 1, 0, 4, 6, skips=(2, 3, 5)))
     names = ["none", "regular, mask", "high, int8", "high, fp8", name, "cache-dit"]
-    outcome = tiers.measure(bench, names, rounds=1)
+    seen = []
+    for outcome in tiers.measure(bench, names, rounds=1):
+        rows = tiers.figures(outcome.measured, bench, {"bfloat16": 1e11, "float32": 1e11, "copy": 1e10})
+        seen.append([row["name"] for row in rows])
+    assert seen.index(["diffusers", "none"]) < seen.index(["diffusers", "none", "regular, mask"])  # known as they come
     assert outcome.refused["high, fp8"].startswith("BackendUnavailableError") and "cuda" in outcome.refused["high, fp8"]
     assert "no compiler" in outcome.refused[name] and "nowhere-to-be-found" in outcome.refused["cache-dit"]
-    rows = tiers.figures(outcome.contenders, bench, {"bfloat16": 1e11, "float32": 1e11, "copy": 1e10})
     stock, none, masked, int8 = rows
     assert [row["name"] for row in rows] == ["diffusers", "none", "regular, mask", "high, int8"]
-    assert [len(row["samples"]) for row in rows] == [2, 1, 1, 1]  # once beside each group
+    assert [len(row["samples"]) for row in rows] == [3, 1, 1, 1]  # once beside each
     assert stock["ratio"] == 1 and none["error"] < 0.02 and int8["plan"]["weights"] == "builtin-int8"
     assert masked["skipped"] == (3, 15) and none["skipped"] == (0, 0)
     assert masked["plan"]["step cache"] == "recorded: 3 of 6 steps skipped"
@@ -95,6 +98,22 @@ def test_tiers_take_turns_on_the_same_weights_and_none_computes_what_diffusers_d
     assert masked["share"] == pytest.approx(masked["tflop_per_s"] / 0.1 / 2, rel=0.02)
     assert 0 < masked["copy_share"] < none["copy_share"] * none["seconds"] / masked["seconds"]
     assert "regular, mask" in tiers.table(rows)
+
+
+def test_where_the_stock_pipeline_fails_the_others_go_on(bench, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiers.Bench, "stock", lambda self: tiers.Contender("diffusers", self.dtype, broken, broken))
+    *_, outcome = tiers.measure(bench, ["none", "high, int8"], rounds=1)
+    rows = tiers.figures(outcome.measured, bench, {"bfloat16": 1e11, "float32": 1e11, "copy": 1e10})
+    assert "out of memory" in outcome.refused["diffusers"]
+    assert [(row["name"], row["ratio"], row["error"]) for row in rows] == [
+        ("none", None, None),
+        ("high, int8", None, None),
+    ]
+    assert "| none |" in tiers.table(rows)
+    assert "none: 1.4 times diffusers" in tally(tiers.aims(rows))["unjudged"]
 
 
 def test_a_mask_of_another_number_of_steps_is_not_replayed(bench):
