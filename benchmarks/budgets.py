@@ -1,12 +1,15 @@
 """A full-size model under memory budgets, on random weights: is the budget kept, and what does it cost in seconds?
 
     python -m benchmarks.budgets                                  # dev, 80 to 8 GB, 1024×1024, beside diffusers' offload
+    python -m benchmarks.budgets --cases aims --steps 8           # what aims are about; --cases others: the rest
     python -m benchmarks.budgets --model klein-9b --budget 12GB --budget 8GB
     python -m benchmarks.budgets --model tiny --size 512x512 --device cpu    # the same code where there is no card
 
 Each budget and contender has a process of its own that may allocate the budget less what the CUDA context is reckoned with
-(``torch.cuda.set_per_process_memory_fraction``): what needs more fails. Ours is the whole pipeline, text encoder and autoencoder
-included, as ``Flux2.load(vram=…)`` plans it, and with int8 weights by name, which at the largest budget stay on the card.
+(``torch.cuda.set_per_process_memory_fraction``): what needs more fails, and what takes longer than ``--limit`` does. What aims are
+about comes first, and the result is written anew after every case. Ours is the whole pipeline, text encoder and autoencoder
+included, as ``Flux2.load(vram=…)`` plans it, and with int8 weights by name, which at the largest budget stay on the card; where the
+plan takes these by itself both are one measurement.
 diffusers' is denoising alone, in 16 bit: resident, with model offload, and with groups of blocks fetched on a stream. Its text
 encoder is left out, in its favour: dev's takes 48 GB in 16 bit, so that moving it as one network would fail under every budget but
 the largest, and no step would be faster for it. Seconds are of a step after the first, skipped ones included, of the second picture.
@@ -35,15 +38,18 @@ from unittest import mock
 
 import torch
 
-from flux2_local import Flux2, pipeline
+from flux2_local import Flux2, costs, load, pipeline
 from flux2_local.bench import environment, peers
 from flux2_local.bench.subject import Subject
 from flux2_local.bench.worker import peak_resident
 from flux2_local.candidates import HOST_RESERVE, SYSTEM_RESERVE
-from flux2_local.errors import BackendUnavailableError, Flux2Error, OutputError, RequestError
+from flux2_local.errors import BackendUnavailableError, BudgetError, Flux2Error, OutputError, RequestError
+from flux2_local.files import free_name
 from flux2_local.hardware import Hardware, probe
+from flux2_local.load import DTYPES
 from flux2_local.presets import parse_bytes, show_bytes
 from flux2_local.progress import Progress
+from flux2_local.store import find
 from scripts import random_model
 
 from . import synthetic, tiers
@@ -70,6 +76,7 @@ class Case:
         device: torch's name of it.
         budget: bytes of device memory; 0 for no budget, where there is no card.
         width, height, steps: of the picture.
+        others: bytes of the card that other processes hold, as :func:`held_by_others` finds them.
     """
 
     contender: str
@@ -79,6 +86,7 @@ class Case:
     width: int
     height: int
     steps: int
+    others: int = 0
 
     @property
     def card(self) -> bool:
@@ -97,7 +105,7 @@ class Case:
         if not self.card:
             return peak_resident(os.getpid())
         free, total = torch.cuda.mem_get_info(self.device)
-        context = total - free - torch.cuda.memory_reserved(self.device)
+        context = total - free - torch.cuda.memory_reserved(self.device) - self.others
         return torch.cuda.max_memory_reserved(self.device) + context
 
 
@@ -176,11 +184,24 @@ def pictures(case: Case, flux: Flux2) -> dict[str, Any]:
 
 
 def stock(case: Case, folder: Path, change: peers.Change) -> dict[str, Any]:
-    """diffusers' denoising; ``change`` puts the pipeline where it is to be."""
+    """diffusers' denoising; ``change`` puts the pipeline where it is to be.
+
+    Raises:
+        BudgetError: the transformer is to be on the card as a whole, and alone is more than the budget.
+    """
     hardware = probe(case.device)
+    size = costs.parameters(load.architecture(find(folder, "standard")))["transformer"]
+    size *= DTYPES[hardware.fast_dtypes[0]].itemsize
+    if case.budget and change is not grouped and size > case.budget:
+        raise BudgetError(f"its transformer's weights are {show_bytes(size)}", size)
     bench = tiers.prepare(folder, hardware, case.width, case.height, case.steps, torch.device("cpu"))
     case.limit()
-    contender = bench.stock(change)
+
+    def place(pipe: Any, subject: Subject) -> None:
+        bench.state.clear()  # the pipeline's alone now: what is moved must not stay on the host, too
+        change(pipe, subject)
+
+    contender = bench.stock(place)
     ends: list[float] = []
     for _ in range(2):
         ends.clear()
@@ -231,16 +252,37 @@ def work(case: Case) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """The row of a case, from a process of its own."""
+def held_by_others(hardware: Hardware) -> int:
+    """Bytes of the card that are taken while this process has nothing there but its context, which is another one to a case's."""
+    if hardware.kind != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(hardware.device)
+    return total - free
+
+
+def measured(case: Case, limit: float) -> dict[str, Any]:
+    """The row of a case, from a process of its own that may take ``limit`` seconds."""
     command = [sys.executable, "-m", "benchmarks.budgets", "--case", json.dumps(asdict(case))]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    last = ran.stdout.strip().rpartition("\n")[2]
-    if ran.returncode or not last.startswith("{"):
-        found = {"error": f"its process ended with {ran.returncode}: {ran.stderr.strip()[-400:]}"}
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        found = {"error": f"it was not done after {limit:g} seconds"}
     else:
-        found = json.loads(last)
+        last = ran.stdout.strip().rpartition("\n")[2]
+        if ran.returncode or not last.startswith("{"):
+            found = {"error": f"its process ended with {ran.returncode}: {ran.stderr.strip()[-400:]}"}
+        else:
+            found = json.loads(last)
     return {"contender": case.contender, "budget": case.budget} | found
+
+
+def known(contender: str, budget: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of int8 by name where the plan took int8 by itself under the same budget: both are one plan."""
+    for row in rows if contender == INT8 else ():
+        own = row["contender"] == "flux2-local" and row["budget"] == budget
+        if own and row.get("plan", {}).get("weights") == "builtin-int8":
+            return row | {"contender": INT8, "measured_as": "flux2-local"}
+    return None
 
 
 def line(row: dict[str, Any]) -> str:
@@ -265,24 +307,40 @@ def aims(rows: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         if "predicted_seconds" in row and contender != FILES:  # the disk's rate is the system's page cache's
             far = abs(row["predicted_seconds"]["step"] / row["seconds"]["step"] - 1)
             yield f"{contender}, {show_bytes(budget)}", f"predicted within {PREDICTED:.0%}", far <= PREDICTED
+    theirs = {row["contender"]: row for row in rows if row["contender"] in THEIRS and row["budget"] == SMALL}
+    others = [row["seconds"]["step"] for row in theirs.values() if "error" not in row]
+    no_room = all(row.get("error", "").startswith(NO_ROOM) for row in theirs.values())
+    tried = len(theirs) == len(THEIRS) and (bool(others) or no_room)
     whole = step(INT8, RESIDENT)
     for contender in ("flux2-local", INT8):
         close, small = step(contender, CLOSE), step(contender, SMALL)
         met = None if close is None or whole is None else close <= SLOWER * whole
         yield contender, f"at {show_bytes(CLOSE)} within {SLOWER} times int8 fully resident", met
-        others = [row["seconds"]["step"] for (name, at), row in found.items() if name in THEIRS and at == SMALL]
-        fit = "diffusers' best that fits" if others else "diffusers, of which nothing fits"
-        tried = any(row["contender"] in THEIRS and row["budget"] == SMALL for row in rows)
+        fit = "diffusers, of which nothing fits" if tried and not others else "diffusers' best that fits"
         met = None if small is None or not tried else not others or min(others) >= FASTER * small
         yield contender, f"at {show_bytes(SMALL)} {FASTER:g} times as fast as {fit}", met
 
 
 THEIRS = [name for name in CONTENDERS if name.startswith("diffusers")]
+NO_ROOM = ("OutOfMemoryError", "BudgetError")
+"""Errors of what does not fit; any other says nothing about that."""
 
 
-def cases(budgets: Sequence[int], contenders: Sequence[str]) -> list[tuple[int, str]]:
-    """What is measured: every contender under every budget, from files only under the smallest."""
-    return [(b, c) for b, c in itertools.product(budgets, contenders) if c != FILES or b == min(budgets)]
+def cases(budgets: Sequence[int], contenders: Sequence[str], which: str = "all") -> list[tuple[int, str]]:
+    """What is measured: every contender under every budget, from files only under the smallest; what aims are about comes first.
+
+    Args:
+        which: "all", "aims" (what these are about) or "others".
+    """
+    found = [(b, c) for b, c in itertools.product(budgets, contenders) if c != FILES or b == min(budgets)]
+    first, others = [case for case in found if aimed(*case)], [case for case in found if not aimed(*case)]
+    return {"all": first + others, "aims": first, "others": others}[which]
+
+
+def aimed(budget: int, contender: str) -> bool:
+    """Whether an aim rests on it."""
+    held = {RESIDENT: [INT8], CLOSE: ["flux2-local", INT8], SMALL: ["flux2-local", INT8, *THEIRS]}
+    return contender in held.get(budget, ())
 
 
 def asked(texts: Sequence[str] | None, hardware: Hardware) -> list[int]:
@@ -309,6 +367,13 @@ def main() -> None:
     parser = tiers.options("budgets", __doc__)
     parser.add_argument("--budget", action="append", help=f"device memory; may be given again ({', '.join(BUDGETS)})")
     parser.add_argument("--contender", action="append", choices=CONTENDERS, help="may be given again (default: all)")
+    parser.add_argument(
+        "--cases",
+        choices=("all", "aims", "others"),
+        default="all",
+        help="of these, only those that an aim rests on, or the others",
+    )
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="for each case (default 1800)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
@@ -318,14 +383,19 @@ def main() -> None:
     budgets = asked(args.budget, hardware)
     record = environment.record(hardware.device)
     record |= {"model": args.model, "size": [width, height], "steps": args.steps, "rows": []}
-    for budget, contender in cases(budgets, args.contender or list(CONTENDERS)):
-        case = Case(contender, args.model, hardware.device, budget, width, height, args.steps)
-        record["rows"].append(measured(case))
+    path = args.out or free_name(environment.place(record, "budgets"))
+    todo = cases(budgets, args.contender or list(CONTENDERS), args.cases)
+    if not todo:
+        print("no such case under these budgets")
+        return
+    for budget, contender in todo:
+        case = Case(contender, args.model, hardware.device, budget, width, height, args.steps, held_by_others(hardware))
+        record["rows"].append(known(contender, budget, record["rows"]) or measured(case, args.limit))
         print(line(record["rows"][-1]), flush=True)
-        path = environment.keep(record, "budgets", args.out)
-    if hardware.kind == "cuda" and args.model == "dev":
-        record["aims"] = tally(aims(record["rows"]))
+        if hardware.kind == "cuda" and args.model == "dev":
+            record["aims"] = tally(aims(record["rows"]))
         environment.keep(record, "budgets", path)
+    if "aims" in record:
         print(told(record["aims"]))
     print(f"written: {path}")
 

@@ -205,10 +205,16 @@ def test_weights_that_the_disk_has_no_room_for_are_a_row(tmp_path, monkeypatch):
 
 
 def test_budgets_are_held_to_their_aims():
+    def reached(rows):
+        return tally(budgets.aims(rows))["reached"]
+
     def row(contender, gb, step, **more):
         return {"contender": contender, "budget": gb * 10**9, "seconds": {"step": step}} | more
 
-    failed = {"contender": "diffusers, resident", "budget": 12 * 10**9, "error": "OutOfMemoryError"}
+    failed, offload, group = (
+        {"contender": name, "budget": 12 * 10**9, "error": error}
+        for name, error in zip(budgets.THEIRS, ("OutOfMemoryError", "BudgetError", "not done"), strict=True)
+    )
     rows = [
         row("flux2-local", 24, 0.50, predicted_seconds={"step": 0.45}),
         row("flux2-local", 12, 1.0, predicted_seconds={"step": 0.5}),
@@ -216,6 +222,7 @@ def test_budgets_are_held_to_their_aims():
         row(budgets.INT8, 24, 0.43),
         row("diffusers, group offload", 12, 2.5),
         failed,
+        offload,
     ]
     found = tally(budgets.aims(rows))
     assert found["missed"] == [
@@ -226,12 +233,55 @@ def test_budgets_are_held_to_their_aims():
     assert found["reached"]["at 22.4 GiB within 1.1 times int8 fully resident"] == 1
     assert found["reached"]["at 11.2 GiB 2 times as fast as diffusers' best that fits"] == 1
     assert found["unjudged"] == [f"{budgets.INT8}: at 11.2 GiB 2 times as fast as diffusers' best that fits"]
-    assert "of which nothing fits" in str(tally(budgets.aims([*rows[:2], failed]))["reached"])
+    assert not any("times as fast" in aim and n for aim, n in reached([*rows[:2], failed, offload, group]).items())
+    group["error"] = "OutOfMemoryError"
+    assert "of which nothing fits" in str([aim for aim, n in reached([*rows[:2], failed, offload, group]).items() if n])
 
 
 def test_every_budget_has_every_contender_and_the_smallest_the_files():
     names = ["flux2-local", budgets.FILES]
     assert budgets.cases([80, 8], names) == [(80, "flux2-local"), (8, "flux2-local"), (8, budgets.FILES)]
+
+
+def test_what_aims_rest_on_comes_first_and_is_enough_for_them():
+    sizes = budgets.asked(None, from_preset("h200"))
+    every, first, others = (
+        budgets.cases(sizes, list(budgets.CONTENDERS), which) for which in ("all", "aims", "others")
+    )
+    assert every == first + others and len(set(every)) == len(every) and len(first) == 8
+    rows = [{"contender": c, "budget": b, "seconds": {"step": 1.0}} for b, c in first]
+    assert not tally(budgets.aims(rows))["unjudged"]
+    assert len(tally(budgets.aims(rows[:-1]))["unjudged"]) == 2  # diffusers' best is not known yet
+
+
+def test_one_plan_is_measured_once():
+    rows = [{"contender": "flux2-local", "budget": 24, "plan": {"weights": "builtin-int8"}, "peak": 7}]
+    assert budgets.known(budgets.INT8, 24, rows)["peak"] == 7
+    assert budgets.known(budgets.INT8, 24, rows)["contender"] == budgets.INT8
+    assert budgets.known(budgets.INT8, 12, rows) is None and budgets.known("diffusers, resident", 24, rows) is None
+    assert budgets.known(budgets.INT8, 24, [rows[0] | {"plan": {"weights": "bfloat16"}}]) is None
+
+
+def test_what_other_processes_hold_is_not_the_cases(monkeypatch):
+    case = replace(CASE, device="cuda:0", budget=10**10, others=3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 90 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6 * 10**9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 8 * 10**9)
+    assert case.peak() == 9 * 10**9 and budgets.held_by_others(from_preset("h200")) == 10 * 10**9
+
+
+def test_diffusers_does_not_hold_weights_on_the_host_that_it_moves(monkeypatch, tmp_path):
+    held, prepare = [], tiers.prepare
+    monkeypatch.setattr(tiers, "prepare", lambda *given: held.append(prepare(*given)) or held[0])
+    budgets.stock(CASE, synthetic.folder("tiny", tmp_path / "tiny"), lambda *_: held.append(dict(held[0].state)))
+    assert held[1] == {}
+
+
+def test_a_network_beyond_the_budget_is_not_drawn(monkeypatch):
+    monkeypatch.setattr(tiers, "prepare", None)
+    for contender in ("diffusers, resident", "diffusers, model offload"):
+        row = budgets.work(replace(CASE, contender=contender, budget=10**6))
+        assert row["error"].startswith("BudgetError: its transformer's weights are")
 
 
 def test_what_does_not_fit_or_dies_is_a_row_and_not_the_end(monkeypatch):
@@ -240,6 +290,7 @@ def test_what_does_not_fit_or_dies_is_a_row_and_not_the_end(monkeypatch):
 
     monkeypatch.setitem(budgets.CONTENDERS, "flux2-local", short)
     assert budgets.work(CASE)["error"].startswith("OutOfMemoryError")
-    row = budgets.measured(replace(CASE, device="meta"))
+    row = budgets.measured(replace(CASE, device="meta"), limit=300)
     assert "error" in row and row["contender"] == "flux2-local" and json.dumps(row)
     assert "no budget" in budgets.line(row)
+    assert budgets.measured(CASE, limit=0.01)["error"] == "it was not done after 0.01 seconds"
