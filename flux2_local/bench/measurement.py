@@ -117,6 +117,7 @@ def measure(wanted: Wanted, say: runner.Say) -> Measured:
         rules = replace(rules, apart=not fit_together(wanted.contenders, subjects[0]))
     prompts = PROMPTS if wanted.judged is None else wanted.judged.prompts
     reached = rates.measure(hardware.device, products(hardware), seconds=0.5) if hardware.kind != "mps" else {}
+    rates.give_back(hardware)
     record |= {"rates": reached, "model": wanted.label or wanted.model, "steps": steps, **asdict(rules)}
     record |= {"prompts": prompts[: rules.rounds], "rounds_done": {}, "held_against": {}, "rows": [], "refused": {}}
     record["not_asked"] = [name for name in CONTENDERS if name not in {c.name for c in wanted.contenders}]
