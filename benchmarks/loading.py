@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_local.bench import environment
+from flux2_local.files import free_name
 
 NETWORKS = ("transformer", "text_encoder")
 PIECE, DIRECT, AT_ONCE = 4 * 2**20, 2 * 2**20, 8
@@ -342,18 +343,20 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=["transformer"], help="default transformer")
     parser.add_argument("--quantize", nargs="+", default=["none"], help="none (bfloat16) or formats (default none)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/loading-DATE.json)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: a new benchmarks/results/loading-DATE.json)")
     parser.add_argument("--once", type=Path, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once is not None:
         print(json.dumps(asdict(load_here(args.model, args.network[0], args.quantize[0], args.once, args.base))))
         return
     record = environment.record() | {"model": Path(args.model).name, "loads": []}
+    path = args.out or free_name(environment.place(record, "loading"))
     for component in args.network:
         for quantize in args.quantize:
             record["loads"].append(measure(args.model, component, quantize, args.rounds, args.base))
+            environment.keep(record, "loading", path)
     print(table(record["loads"]))
-    print(f"written: {environment.keep(record, 'loading', args.out)}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Each of the family's three sweeps doubles one thing and holds the others: its exponent is the slope of the logarithms by least
 squares, beside the same of the arithmetic, which is what a device that always ran at one rate would show. Points take turns,
-round after round. Writes a JSON file with the environment and every sample, and a Markdown page with a plot beside it.
+round after round. Writes a JSON file with the environment and every sample, and a Markdown page with a plot beside it, anew after
+every model. What the device has no memory for is left out, and that is written too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flux2_local.bench import environment
 from flux2_local.costs import Work
 from flux2_local.errors import BackendUnavailableError, Flux2Error
 from flux2_local.explore import family_architecture
-from flux2_local.files import replacing, write
+from flux2_local.files import free_name, replacing, write
 from flux2_local.hardware import Hardware, probe
 from flux2_local.model.transformer import TransformerConfig
 from flux2_local.presets import families, models, show_bytes
@@ -98,26 +99,50 @@ def full(name: str) -> Iterator[Point]:
         yield Point(name, grid[0] * grid[1] + FULL_TEXT, config, grid, FULL_TEXT)
 
 
-def measure(points: Sequence[Point], device: torch.device, rounds: int) -> None:
-    """Add ``rounds`` samples to every point, in turn, after one step of each that is not kept."""
+def measure(points: Sequence[Point], device: torch.device, rounds: int) -> list[str]:
+    """Add ``rounds`` samples to every point, in turn, after one step of each that is not kept.
+
+    Returns:
+        What there was no memory for, and why.
+    """
+    refused: list[str] = []
     nets = {}
-    for config in dict.fromkeys(point.config for point in points):
-        dtype, ops = synthetic.fast(device, config)
-        nets[config] = synthetic.transformer(config, ops, dtype, device)
-    steps = [synthetic.step(nets[point.config], point.grid, point.text) for point in points]
+    try:
+        for config in dict.fromkeys(point.config for point in points):
+            dtype, ops = synthetic.fast(device, config)
+            nets[config] = synthetic.transformer(config, ops, dtype, device)
+        able = [(point, synthetic.step(nets[point.config], point.grid, point.text)) for point in points]
+    except torch.OutOfMemoryError as error:
+        return [without_memory(points[0].sweep, error)]
     for number in range(rounds + 1):
-        for point, call in zip(points, steps, strict=True):
+        for one in list(able):
+            point, call = one
             start = timer()  # waits for the card
-            call()
+            try:
+                call()
+            except torch.OutOfMemoryError as error:
+                able.remove(one)
+                refused.append(without_memory(f"{point.sweep} {point.value}", error))
+                continue
             if number:
                 point.samples.append(timer() - start)
+    return refused
+
+
+def without_memory(what: str, error: Exception) -> str:
+    """What was left out and why, a line."""
+    found = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    print(f"left out: {found}", flush=True)
+    return found
 
 
 def exponents(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """By sweep, of the seconds and of the FLOPs: the slope of their logarithms over that of what grows."""
+    """By sweep of two points or more, of the seconds and of the FLOPs: the slope of their logarithms over that of what grows."""
     found = {}
     for sweep in dict.fromkeys(point.sweep for point in points):
         own = [point for point in points if point.sweep == sweep]
+        if len(own) == 1:
+            continue
         x = np.log([point.value for point in own])
         found[sweep] = {
             "seconds": float(np.polyfit(x, np.log([point.seconds for point in own]), 1)[0]),
@@ -148,6 +173,8 @@ def page(record: dict[str, Any], plot_name: str) -> str:
             f"| {row['sweep']} | {row['value']} | {row['hidden']} | {row['double']} + {row['single']} | {tokens} "
             f"| {1e3 * row['seconds']:.1f} | {spread[0]:.1f}–{spread[1]:.1f} | {row['tflop_per_s']:.3g} | {row['share']:.0%} |"
         )
+    if record.get("refused"):
+        lines += ["", "Left out for want of memory:", "", *(f"- {one}" for one in record["refused"])]
     return "\n".join(lines) + "\n"
 
 
@@ -172,6 +199,17 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("seconds a step")
     with replacing(path) as part:
         figure.savefig(part, dpi=110, format="png")
+
+
+def keep(record: dict[str, Any], path: Path) -> str:
+    """Write the result with its page and its plot beside it; returns the page."""
+    environment.keep(record, "scaling", path)
+    picture = path.with_suffix(".png")
+    if record["exponents"]:
+        plot(record, picture)
+    text = page(record, picture.name)
+    write(path.with_suffix(".md"), text.encode())
+    return text
 
 
 def chosen(names: Sequence[str] | None, hardware: Hardware) -> list[list[Point]]:
@@ -204,7 +242,7 @@ def main() -> None:
         "--model", action="append", choices=sized, help="at full size instead of the family; may be given again"
     )
     parser.add_argument("--rounds", type=int, default=5, help="samples a point (default 5)")
-    parser.add_argument("--out", type=Path, help="the JSON file (default benchmarks/results/scaling-DATE.json)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: a new benchmarks/results/scaling-DATE.json)")
     args = parser.parse_args()
     hardware = probe(args.device)
     device = torch.device(hardware.device)
@@ -212,16 +250,15 @@ def main() -> None:
     dtype = hardware.fast_dtypes[0]
     record = environment.record(hardware.device)
     record |= {"dtype": dtype, "rounds": args.rounds, "rates": rates.measure(hardware.device, [dtype], seconds=0.5)}
+    record |= {"points": [], "exponents": {}, "refused": []}
+    path, text = args.out or free_name(environment.place(record, "scaling")), ""
     for group in groups:
-        measure(group, device, args.rounds)
-    points = [point for group in groups for point in group]
-    record |= {"exponents": exponents(points), "points": [point.record(record["rates"][dtype]) for point in points]}
-    path = environment.keep(record, "scaling", args.out)
-    picture = path.with_suffix(".png")
-    plot(record, picture)
-    text = page(record, picture.name)
-    write(path.with_suffix(".md"), text.encode())
-    print(f"{text}\nwritten: {path}, {path.stem}.md and {picture.name}")
+        record["refused"] += measure(group, device, args.rounds)
+        done = [point for point in group if point.samples]
+        record["points"] += [point.record(record["rates"][dtype]) for point in done]
+        record["exponents"] |= exponents(done)
+        text = keep(record, path)
+    print(f"{text}\nwritten: {path}, {path.stem}.md and {path.stem}.png")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,50 @@ def test_points_take_turns_and_each_has_its_samples():
     assert [len(point.samples) for point in points] == [2, 2] and all(point.seconds > 0 for point in points)
 
 
+def test_what_there_is_no_memory_for_is_said_and_the_other_points_are_kept(tmp_path, monkeypatch):
+    step = synthetic.step
+
+    def short(net, grid, text):
+        if net.config.width == 256:
+            return fail
+        return step(net, grid, text)
+
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(synthetic, "step", short)
+    points = [scaling.Point("width", w, synthetic.small(w), (4, 4), 16) for w in (128, 256)]
+    refused = scaling.measure(points, CPU, rounds=1)
+    assert [len(point.samples) for point in points] == [1, 0] and refused == [
+        "width 256: OutOfMemoryError: CUDA out of memory"
+    ]
+    monkeypatch.setattr(synthetic, "transformer", lambda *_: fail())
+    assert scaling.measure(points, CPU, rounds=1)[0].startswith("width: OutOfMemoryError")
+    assert scaling.exponents(points[:1]) == {}
+    record = {"device": "a card", "dtype": "float32", "rounds": 1, "exponents": {}, "refused": refused}
+    record["points"] = [points[0].record(1e12)]
+    assert "- width 256: OutOfMemoryError" in scaling.keep(record, tmp_path / "scaling.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scaling.json", "scaling.md"]
+
+
+def test_each_models_points_are_written_before_the_next_ones_are_measured(tmp_path, monkeypatch):
+    def measure(points, *_):
+        if points[0].sweep == "klein-9b":
+            raise RuntimeError("killed")
+        for point in points:
+            point.samples.append(0.1 * point.value)
+        return []
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr(scaling, "chosen", lambda *_: [list(scaling.full(name)) for name in ("klein-4b", "klein-9b")])
+    monkeypatch.setattr(scaling.rates, "measure", lambda _, dtypes, seconds: dict.fromkeys(dtypes, 1e12))
+    monkeypatch.setattr("sys.argv", ["scaling", "--device", "cpu", "--out", str(tmp_path / "scaling.json")])
+    with pytest.raises(RuntimeError, match="killed"):
+        scaling.main()
+    record = json.loads((tmp_path / "scaling.json").read_text("utf-8"))
+    assert {row["sweep"] for row in record["points"]} == {"klein-4b"} == set(record["exponents"])
+
+
 def test_full_size_models_are_refused_where_they_do_not_fit():
     card = from_preset("rtx-4090")
     assert [group[0].sweep for group in scaling.chosen(["klein-4b", "klein-9b"], card)] == ["klein-4b", "klein-9b"]
