@@ -1,7 +1,7 @@
 """The kept launch configurations and the order of preference among implementations, one JSON file per SM.
 
 They live in ``tuned/`` and are written by ``scripts/gpu.py --tune`` on a card of that SM, so that first use tunes nothing.
-A file that no card has measured yet says so: its ``measured_on`` is null.
+A file of which no card has measured anything yet says so: its ``measured_on`` is null.
 """
 
 from __future__ import annotations

@@ -9,21 +9,24 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flux2_kernels import OPS, Format, Implementation, Op, Place
+from flux2_kernels import OPS, Format, Implementation, Op, Place, tables
 from flux2_kernels.bench import checks, report
 from flux2_kernels.bench.stock import STOCK
 from flux2_kernels.constraint import Constraint
 from flux2_kernels.verify import draw
 from torch import Tensor
 
+from benchmarks import tiers
 from flux2_local import hardware
 from scripts import gpu
 
@@ -56,7 +59,7 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert {"layer_norm", "addcmul", "int_mm"} <= {row["library"] for row in rows}
     record = json.loads(table.with_suffix(".json").read_text())
     assert record == json.loads(ran.stdout.strip().rpartition("\n")[2])
-    assert {"torch", "triton", "commit", "date", "sanitizer", "rates", "aims", "tuned"} <= set(record)
+    assert {"torch", "triton", "commit", "date", "rates", "aims", "tuned"} <= set(record)
     assert record["failed"] == [] and record["checks"] > 100
     tuned = json.loads((tmp_path / record["tuned"]).read_text())
     assert tuned["measured_on"] == "dry run" and tuned["configs"]["linear_w4a8"][0]["BLOCK_M"] > 0
@@ -67,9 +70,10 @@ def test_dry_run_goes_all_the_way(tmp_path: Path) -> None:
 
 @needs_triton
 def test_dry_run_of_the_models_parts(tmp_path: Path) -> None:
-    ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--out", str(tmp_path))
+    ran = run("--dry-run", "--part", "tiers", "--part", "budgets", "--part", "sanitizer", "--out", str(tmp_path))
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
     found = {path.name.partition("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert found["sanitizer"]["sanitizer"] == "not run: dry run"
     assert [row["name"] for row in found["tiers"]["rows"]] == ["diffusers", "none", "high, int8"]
     assert len(found["budgets"]["rows"]) == 2 and not any("error" in row for row in found["budgets"]["rows"])
 
@@ -84,25 +88,57 @@ def test_dry_run_of_the_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("card", "model"), [("h200", "dev"), ("rtx-4090", "klein-4b"), ("none", None)])
 def test_the_models_parts_fit_the_card(
-    card: str, model: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    card: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     found = replace(hardware.from_preset("rtx-4090"), free=2**33) if model is None else hardware.from_preset(card)
-    commands: list[list[str]] = []
+    started: list[tuple[list[str], dict[str, Any]]] = []
 
-    def started(command: list[str], **_: Any) -> SimpleNamespace:
-        commands.append(command)
+    def ended(command: list[str], seconds: float, **how: Any) -> SimpleNamespace:
+        started.append((command, how))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(hardware, "probe", lambda _: found)
-    monkeypatch.setattr(gpu.subprocess, "run", started)
-    here = gpu.Run((), None, torch.device("cuda:0"), Path(), dry=False, tune=False, check_only=False)
-    assert all(gpu.models(here, part) for part in gpu.PARTS[1:])
-    modules = [command[2] for command in commands]
+    monkeypatch.setattr(gpu, "ended", ended)
+    monkeypatch.setenv("PYTHONPATH", "/where/packages/are")
+    here = gpu.Run((), None, torch.device("cuda:0"), tmp_path, dry=False, budgets=("8GB",))
+    assert all(gpu.models(here, part) for part in gpu.MODULES)
+    asked = {command[2]: command for command, _ in started}
     if model is None:
-        assert modules == ["benchmarks.scaling"] and "tiers left out: klein-4b" in capsys.readouterr().out
-    else:
-        assert modules == ["benchmarks.tiers", "benchmarks.budgets", "benchmarks.scaling"]
-        assert [command[-1] for command in commands] == [model, model, "cuda:0"]
+        assert list(asked) == ["benchmarks.scaling"] and "tiers left out: klein-4b" in capsys.readouterr().out
+        return
+    parts = [Path(command[command.index("--out") + 1]).name.rpartition("-20")[0] for command, _ in started]
+    assert parts == ["tiers", "budgets", "scaling", "peers", "more-budgets"] == list(gpu.MODULES)
+    names = [set(tiers.OURS), None, None, set(tiers.PEERS), None]
+    for (command, how), only in zip(started, names, strict=True):
+        assert {a for flag, a in pairwise(command) if flag == "--only"} == (only or set())
+        wanted = set() if command[2] == "benchmarks.scaling" else {model}
+        assert {a for flag, a in pairwise(command) if flag == "--model"} == wanted
+        assert ("8GB" in command) == (command[2] == "benchmarks.budgets")
+        assert how["env"]["PYTHONPATH"].split(os.pathsep) == [*gpu.PLACES, "/where/packages/are"]
+
+
+def test_a_part_that_is_run_again_adds_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Path] = []
+
+    def ended(command: list[str], *_: Any, **__: Any) -> SimpleNamespace:
+        places.append(Path(command[command.index("--out") + 1]))
+        places[-1].write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu, "ended", ended)
+    assert all(gpu.models(dry(tmp_path, OPS["swiglu"]), "tiers") for _ in range(2))
+    assert len({*places}) == 2 and {path.parent for path in places} == {tmp_path}
+
+
+def test_what_takes_too_long_is_interrupted_with_what_it_started(tmp_path: Path, capsys: Any) -> None:
+    """A part that waits for a case of its own, as the budgets' does."""
+    sign = tmp_path / "case"
+    case = f"import pathlib, time; time.sleep(2); pathlib.Path({str(sign)!r}).touch()"
+    part = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {case!r}])"
+    slow = replace(dry(tmp_path, OPS["swiglu"]), seconds=0.6)
+    assert not gpu.apart(slow, "budgets", ["-c", part]) and "ended after 0.01 minutes" in capsys.readouterr().out
+    time.sleep(2)
+    assert not sign.exists()
 
 
 @needs_triton
@@ -114,7 +150,7 @@ def test_without_a_card_it_says_so() -> None:
 
 @needs_triton
 def test_an_unknown_op_is_named() -> None:
-    ran = run("--dry-run", "--op", "layer_norm")
+    ran = run("--dry-run", "--op", "layer_*")
     assert ran.returncode == 1 and "modulated_norm" in ran.stderr
 
 
@@ -144,8 +180,7 @@ def norm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Op]:
 
 
 def dry(folder: Path, op: Op, **changes: bool) -> gpu.Run:
-    asked = {"dry": True, "tune": False, "check_only": False} | changes
-    return gpu.Run((op,), Place("cpu"), torch.device("cpu"), folder, **asked)
+    return gpu.Run((op,), Place("cpu"), torch.device("cpu"), folder, **{"dry": True} | changes)
 
 
 def wrong_if(wrong: Callable[[Tensor], bool], how: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -174,17 +209,26 @@ def test_only_checking_captures_and_compiles_nothing(
     for name in ("captured", "traced", "replayed"):
         monkeypatch.setattr(checks, name, fail)
     op = norm(OPS["modulated_norm"].reference)
-    done = gpu.check(dry(tmp_path, op, dry=False, check_only=True))
+    done = gpu.check(dry(tmp_path, op, dry=False, check_only=True), op)
     assert [one.case for one in done] == [case.name for case in op.cases] and all(one.passed for one in done)
 
 
 def test_the_record_names_what_was_sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = dry(tmp_path, OPS["swiglu_quantized"], dry=False)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
-    for code, said in ((0, "clean: swiglu_quantized"), (3, "failed with 3 in swiglu_quantized: out of bounds")):
-        ran = subprocess.CompletedProcess([], code, "out of ", "bounds")
-        monkeypatch.setattr(gpu.subprocess, "run", lambda *_, ran=ran, **__: ran)
+    refused = "========= Error: Device not supported. RuntimeError: CUDA error 999. ERROR SUMMARY: 1 error"
+    found = "out of bounds ========= ERROR SUMMARY: 3 errors"
+    for code, text, said in (
+        (0, "", "clean: swiglu_quantized"),
+        (3, found, f"failed with 3 in swiglu_quantized: {found}"),
+        (1, refused, f"not run: it ended with 1: {refused}"),
+        (1, "ERROR SUMMARY: 0 errors", "not run: it ended with 1: ERROR SUMMARY: 0 errors"),
+    ):
+        ran = subprocess.CompletedProcess([], code, text)
+        monkeypatch.setattr(gpu, "ended", lambda *_, ran=ran, **__: ran)
         assert gpu.sanitize(asked) == said
+    monkeypatch.setattr(gpu, "ended", lambda *_, **__: None)
+    assert gpu.sanitize(asked) == "not run: it was not done after 60 minutes"
 
 
 @pytest.mark.parametrize("name", ["replayed", "traced"])
@@ -220,19 +264,49 @@ def test_a_failure_while_measuring_is_a_row(norm: Any, tmp_path: Path, monkeypat
 def test_rows_are_kept_as_they_come(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = gpu.line
     monkeypatch.setattr(gpu, "line", lambda row: fail(row) if row.shape == "klein-4b" else line(row))
-    assert not gpu.well(dry(tmp_path, norm(OPS["modulated_norm"].reference)), "kernels")
+    assert not gpu.well(dry(tmp_path, norm(OPS["modulated_norm"].reference)), "kernels", alone=True)
     rows, record = kept(tmp_path)
     assert [row["shape"] for row in rows] == ["dev"] and record["checks"] == 2 and record["failed"] == []
 
 
+def test_checks_are_kept_before_anything_is_measured(
+    norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report.Bench, "rows", lambda *_: fail(_))
+    assert not gpu.well(dry(tmp_path, norm(OPS["modulated_norm"].reference)), "kernels", alone=True)
+    rows, record = kept(tmp_path)
+    assert not rows and record["checks"] == 2
+
+
 def test_a_part_that_fails_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' is in a process of its own then: an illegal access leaves a process without the card."""
     ran: list[str] = []
     options = argparse.Namespace(part=None, op=None, check_only=False)
     monkeypatch.setattr(gpu, "parse", lambda: options)
     monkeypatch.setattr(gpu, "prepare", lambda _: dry(tmp_path, OPS["swiglu"]))
-    monkeypatch.setattr(gpu, "kernels", fail)
-    monkeypatch.setattr(gpu, "models", lambda _, part: ran.append(part) is None)
-    assert gpu.main() == 1 and ran == list(gpu.PARTS[1:])
+    monkeypatch.setattr(gpu, "kernels", lambda _: ran.append("here") is None)
+    monkeypatch.setattr(gpu, "apart", lambda _, part, arguments: ran.append(f"{part} apart") is not None)
+    monkeypatch.setattr(gpu, "models", lambda _, part: fail(_) if part == "tiers" else ran.append(part) is None)
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ran.append("sanitizer") is None)
+    assert gpu.main() == 1 and ran == ["kernels apart", *gpu.PARTS[2:]]
+
+
+@needs_triton
+def test_only_the_kernels_of_the_ops_asked_for_are_tuned_and_each_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flux2_kernels.bench import tuning
+
+    def entry(tuner: Any, kernel: str, group: Any) -> Any:
+        return fail(kernel) if kernel == "linear_w4a8" else {"num_warps": 32}
+
+    monkeypatch.setattr(tuning.Tuner, "entry", entry)
+    asked = replace(dry(tmp_path, OPS["linear_w4a8"]), ops=(OPS["modulated_norm"], OPS["linear_w4a8"]))
+    with pytest.raises(RuntimeError):
+        gpu.tune(asked)
+    (file,) = tmp_path.glob("sm_*.json")
+    before, after = tables.table(89)["configs"], json.loads(file.read_text())["configs"]
+    assert {kernel for kernel in before if after[kernel] != before[kernel]} == {"modulated_norm"}
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

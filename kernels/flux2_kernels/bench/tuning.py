@@ -101,6 +101,11 @@ def groups(kernel: str, sm: int) -> list[Group]:
     return [Group({}, _shapes((kernel,), form))]
 
 
+def ops_of(kernel: str, sm: int) -> set[str]:
+    """The ops that ``kernel`` is chosen by."""
+    return {name for group in groups(kernel, sm) for name, _, _ in group.problems}
+
+
 def _shapes(names: Sequence[str], form: Format) -> tuple[Problem, ...]:
     return tuple((name, form, case) for name in names for case in OPS[name].shapes)
 
@@ -150,11 +155,20 @@ class Tuner:
     most: int | None = None
     progress: Progress = print
 
-    def table(self, card: str, kernels: Sequence[str]) -> dict[str, Any]:
-        """A whole table: each of ``kernels`` with its entries, and the order of implementations of the linears."""
-        configs = {kernel: [self.entry(kernel, group) for group in groups(kernel, self.place.sm)] for kernel in kernels}
-        order = {name: self.order(name) for name in ("linear_w8a8", "linear_w8a8_gated")}
-        return {"sm": self.place.sm, "measured_on": card, "configs": configs, "order": order}
+    def tables(
+        self, kept: dict[str, Any], card: str, kernels: Sequence[str], names: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
+        """``kept`` with the entries of ``kernels`` and then the order of implementations of those linears that are among ``names``,
+        one after another replaced by what is found."""
+        configs, order = dict(kept["configs"]), dict(kept["order"])
+        table = {"sm": self.place.sm, "measured_on": card, "configs": configs, "order": order}
+        for kernel in kernels:
+            configs[kernel] = [self.entry(kernel, group) for group in groups(kernel, self.place.sm)]
+            yield table
+        for name in ("linear_w8a8", "linear_w8a8_gated"):
+            if name in names:
+                order[name] = self.order(name)
+                yield table
 
     def entry(self, kernel: str, group: Group) -> Config:
         """The quickest configuration that is right and spills no registers; the kept one if none is."""
