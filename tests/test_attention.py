@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from test_plan import need
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from flux2_local import BackendUnavailableError, Flux2, RequestError, attention, load
@@ -99,9 +101,39 @@ def test_flex_computes_attention(monkeypatch, shape):
 
 
 def test_a_kernel_named_never_falls_back():
-    with pytest.raises(RuntimeError, match="No viable backend"):
+    with pytest.raises(RuntimeError, match="_scaled_dot_product_cudnn_attention"):
         BACKENDS["sdpa-cudnn"].load()(*draw(SHAPES[1], torch.float32))
     assert attention.load("sdpa") is REFERENCE.attend
+
+
+class Switches(TorchDispatchMode):
+    """Which of torch's kernels are switched on while operations run: for the whole process, so in other threads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        cuda = torch.backends.cuda
+        on = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled
+        self.seen.add(tuple(enabled() for enabled in on))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [b.name for b in sdpa.BACKENDS])
+def test_a_kernel_named_leaves_those_of_other_threads_alone(name):
+    """On a card that is imagined; and its shapes are attention's."""
+    with FakeTensorMode(), Switches() as switches:
+        q, k, v = (torch.empty(2, n, 3, 64, dtype=torch.bfloat16, device="cuda") for n in (37, 300, 300))
+        got = attention.load(name)(q, k, v)
+    assert got.shape == q.shape and got.dtype == q.dtype and switches.seen == {(True,) * 4}
+
+
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-math"])
+def test_a_kernel_named_is_traced_in_one_graph(name):
+    check(
+        torch.compile(attention.load(name), backend="aot_eager", fullgraph=True, dynamic=True), SHAPES[1], torch.float32
+    )
 
 
 @pytest.mark.parametrize(
