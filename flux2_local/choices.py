@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from flux2_kernels import Place, place_of
-
 from . import attention as attentions
 from . import costs, heap, quant
 from .candidates import GUIDED, Candidate, Draft, Need, Terms, ways
@@ -182,9 +180,7 @@ def choose_compile(terms: Terms, winner: Candidate, asked: bool | None, requests
 
 def choose_ops(need: Need, hardware: Hardware, dtype: str, compiled: bool = False) -> Choice:
     """What computes between the matmuls: Triton kernels where they run and rounding may differ."""
-    here = place_of("cpu")
-    place = Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
-    against = kernels.reason_against(place, dtype, need.arch.transformer)
+    against = kernels.reason_against(kernels.place_on(hardware), dtype, need.arch.transformer)
     rounding = "it rounds once where the reference rounds after every operation"
     slower = "a pass over memory for every operation"
     if need.tier.exact and dtype != "float32":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -124,6 +123,7 @@ def default_device() -> str:
 
 def _probe_cuda(device: str) -> Hardware:
     import torch
+    from flux2_kernels.constraint import LEAST_SM, place_of
 
     if not torch.cuda.is_available():
         why = (
@@ -140,12 +140,11 @@ def _probe_cuda(device: str) -> Hardware:
     free, total = torch.cuda.mem_get_info(index)
     rated = rate_of(facts.name, sm, facts.multi_processor_count)
     fast = ("bfloat16", "float16") if sm >= 80 else ("float16",)
-    kernels = (
-        importlib.util.find_spec("triton") is not None
-    )  # without them plain torch quantizes rows and multiplies int8
+    growing = segments.grow(f"cuda:{index}")  # before a kernel is tried there: it asks for memory that is new
+    kernels = place_of(f"cuda:{index}").triton and sm >= LEAST_SM  # without them plain torch quantizes rows
     rated = replace(rated, eight_bit=rated.eight_bit if kernels else {})
     found = _host(replace(rated, title=facts.name, memory=total, sm=sm), f"cuda:{index}", free, fast)
-    return replace(found, growing=segments.grow(found.device))
+    return replace(found, growing=growing)
 
 
 def rate_of(name: str, sm: int, processors: int) -> DevicePreset:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from flux2_kernels import constraint
 from test_plan import need
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 
 from flux2_local import BackendUnavailableError, Flux2, RequestError, attention, load
 from flux2_local.attention import BACKENDS, Problem, flash2, flash3, flex, pick, sage, sdpa, trial, xformers
+from flux2_local.choices import choose_ops
 from flux2_local.cli import app
 from flux2_local.hardware import Package, from_preset
+from flux2_local.model.compiled import reason_against
 from flux2_local.model.ops import REFERENCE
 from flux2_local.plan import built, explain, make_plan
 from flux2_local.presets import tiers
@@ -323,6 +326,15 @@ def test_operations_of_known_devices(device, tier, ops, why):
     choice = next(c for c in plan.choices if c.what == "ops")
     assert plan.ops == choice.value == ops and why in choice.rejected[0][1]
     assert f"ops: {ops} — {choice.reason}" in explain(plan)
+
+
+def test_triton_that_does_not_run_here_is_not_planned_with(monkeypatch):
+    monkeypatch.setattr(constraint, "sm_of", lambda index: 89)
+    monkeypatch.setattr(constraint, "problem_on", lambda index: "there is no C compiler")
+    here = replace(from_preset("rtx-4090"), device="cuda:0")
+    choice = choose_ops(need(), here, "bfloat16")
+    assert choice.value == "reference" and dict(choice.rejected)["triton"] == "there is no C compiler"
+    assert reason_against(here) == "there is no C compiler"
 
 
 def test_an_old_card_keeps_plain_torch():

@@ -8,7 +8,6 @@ traces but does not compile again. A mark beside it says what it is.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from flux2_kernels import place_of
 
 from ..files import cache_folder
 from .transformer import Flux2Transformer, TransformerConfig
@@ -40,8 +40,8 @@ def reason_against(hardware: Hardware) -> str | None:
         shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl")
     ):
         return "there is no C++ compiler; install g++ or clang"
-    if hardware.kind == "cuda" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
+    if hardware.kind == "cuda" and not (place := place_of(hardware.device)).triton:
+        return place.problem or "Triton is not installed; pip install triton"
     return None
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from flux2_kernels import Format, Place, choose, reasons
+from flux2_kernels import Format, Place, choose, place_of, reasons
 from torch import Tensor
 
 from .ops import Input, Ops, Pair, Quantizer, Rotary, Rows, beside, sdpa
 from .transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
 
 NEEDED = (
     "modulated_norm",
@@ -23,6 +26,14 @@ NEEDED = (
 )
 """Residuals are added on the way to the norm that follows, so ``gated_residual`` alone is not among them; nor is
 ``linear_w8a8_gated``, which would leave the norm a pass of its own, and no library's product has it."""
+
+
+def place_on(hardware: Hardware) -> Place:
+    """Where kernels run on ``hardware``; one that is not at hand has Triton."""
+    if hardware.kind == "cuda" and not hardware.described:
+        return place_of(hardware.device)
+    here = place_of("cpu")
+    return Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
 
 
 def dims(config: TransformerConfig) -> dict[str, int]:

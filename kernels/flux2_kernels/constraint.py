@@ -15,6 +15,8 @@ HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32)
 QUANTIZED = (torch.int8, FP8)
 FP8_SM = {FP8: 89}
+LEAST_SM = 80
+"""That Triton's kernels run on."""
 
 Dims = Mapping[str, int]
 
@@ -42,14 +44,16 @@ class Place:
     Attributes:
         device: "cuda", "cpu" or another torch device type.
         sm: the compute capability as one number (90 for 9.0), 0 where there is none.
-        triton: whether Triton can be imported.
+        triton: whether Triton can be imported and, on a card that is at hand, launches kernels.
         interpreter: whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``); then CPU tensors will do.
+        problem: why Triton, which is installed, launches none; "" where it does, or is not installed.
     """
 
     device: str
     sm: int = 0
     triton: bool = False
     interpreter: bool = False
+    problem: str = ""
 
 
 @functools.cache
@@ -57,6 +61,34 @@ def sm_of(index: int) -> int:
     """Compute capability of CUDA device ``index`` as one number."""
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
+
+
+def problem_on(index: int) -> str:
+    """Why Triton, which is installed, launches no kernel on CUDA device ``index``; "" where it does. Tried once in a process."""
+    try:
+        return _problem_on(index)
+    except Exception:  # memory ran out, which says nothing about Triton
+        return ""
+
+
+@functools.cache
+def _problem_on(index: int) -> str:
+    try:
+        launch_one(index)
+    except Exception as error:  # whatever its compiler, the C compiler that it calls or the driver says
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise
+        said = (str(error).strip().splitlines() or [""])[0][:160]
+        return f"Triton is installed and does not run here ({type(error).__name__}: {said})"
+    return ""
+
+
+def launch_one(index: int) -> None:
+    """Launch the smallest kernel there is. Its first launch builds a stub in C, which takes a compiler and Python's headers."""
+    from .gpu import swiglu
+
+    swiglu.swiglu(torch.zeros(1, 1, 32, device=f"cuda:{index}"))
+    torch.cuda.synchronize(index)
 
 
 def place_of(device: torch.device | str) -> Place:
@@ -67,7 +99,9 @@ def place_of(device: torch.device | str) -> Place:
     if device.type != "cuda" or torch.version.hip is not None:
         return Place(device.type, 0, triton, interpreter)
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return Place("cuda", sm_of(index), triton, interpreter)
+    sm = sm_of(index)
+    problem = problem_on(index) if triton and sm >= LEAST_SM and not interpreter else ""
+    return Place("cuda", sm, triton and not problem, interpreter, problem)
 
 
 @dataclass(frozen=True)
@@ -128,7 +162,7 @@ class Constraint:
             if dtype not in accepted:
                 return f"{name_of(dtype)} is not among its dtypes ({', '.join(map(name_of, accepted))})"
         if self.triton and not place.triton:
-            return "Triton is not installed (pip install triton; Linux or Windows with an NVIDIA card)"
+            return place.problem or "Triton is not installed (pip install triton; Linux or Windows with an NVIDIA card)"
         if not (self.triton and place.interpreter) and (reason := self._hardware(place, form)):
             return reason
         return next((rule.text for rule in self.rules if not rule.holds(dims)), None)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, place_of, reasons
+from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, constraint, place_of, reasons
 from flux2_kernels.bench.tuning import Tuner, groups
 from flux2_kernels.constraint import FP8
 from flux2_kernels.gpu import int_mm
@@ -41,6 +41,25 @@ for sm in (0, 75, 80, 86, 89, 90, 100, 120):
                 if choice.implementation != "reference":
                     print(sm, op.name, choice.implementation, form)
 """
+
+
+def test_triton_that_launches_nothing_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a C compiler, which its first launch calls. Where memory ran out it is tried again."""
+    tried = []
+
+    def launch_one(index: int) -> None:
+        tried.append(index)
+        raise (torch.OutOfMemoryError("CUDA out of memory") if index else RuntimeError("Failed to find C compiler.\n"))
+
+    monkeypatch.setattr(constraint, "launch_one", launch_one)
+    monkeypatch.setattr(constraint, "sm_of", lambda index: 86)
+    constraint._problem_on.cache_clear()
+    why = "Triton is installed and does not run here (RuntimeError: Failed to find C compiler.)"
+    for _ in range(2):
+        assert place_of("cuda:0") == Place("cuda", 86, triton=False, problem=why)
+        assert place_of("cuda:1") == card(86)
+    assert tried == [0, 1, 1] and reasons("swiglu", place_of("cuda:0"), Format(torch.bfloat16))["triton"] == why
+    constraint._problem_on.cache_clear()
 
 
 def test_what_is_chosen_without_triton_can_be_imported() -> None:
