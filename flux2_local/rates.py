@@ -33,6 +33,9 @@ SWITCH = "FLUX2_LOCAL_MEASURE"
 SECONDS, ROUNDS = 0.15, 3
 """Spent on each rate, and the rounds in which all take turns: what else the machine does for a moment spoils one of them."""
 
+UNWAITED = 0.005
+"""Seconds of calls before one is waited for: waiting takes a tenth as long as a fast card's copy."""
+
 COPIED, PRODUCT, SMALL = 2**28, {"cuda": 8192, "cpu": 2048}, 1024
 """What rates are measured on: bytes copied, more than caches hold, and the side of the matrices multiplied; that of a CPU with at
 most :data:`FEW` threads, which would take seconds for the others."""
@@ -96,7 +99,8 @@ def multiplied(dtype: str, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
 
     if dtype == "float8_e4m3fn":
         one = torch.ones((), device=a.device)
-        return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        # Summed as in layers.
+        return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     if dtype == "int8":  # bytes that overflow are multiplied as fast
         return lambda: torch._int_mm(a, b.t() if b.is_cuda else b)
     return lambda: torch.mm(a, b)
@@ -106,24 +110,28 @@ def typical(calls: dict[str, Callable[[], Any]], wait: Callable[[], None], secon
     """Median seconds of each call, over all of :data:`ROUNDS` in which they take turns.
 
     Args:
-        calls: each is called once before.
-        wait: returns when what was called is done.
+        calls: each is called twice before.
+        wait: returns when what was called is done. It is called after as many calls as last :data:`UNWAITED`.
         seconds: for each of them, at least one call a round.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+
+    def took(call: Callable[[], Any], count: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
         wait()
+        return (time.perf_counter() - start) / count
+
+    for call in calls.values():
+        took(call)
+    counts = {name: max(1, int(UNWAITED / took(call))) for name, call in calls.items()}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             end = time.perf_counter() + seconds / ROUNDS
             while True:
-                start = time.perf_counter()
-                call()
-                wait()
-                now = time.perf_counter()
-                found[name].append(now - start)
-                if now >= end:
+                found[name].append(took(call, counts[name]))
+                if time.perf_counter() >= end:
                     break
     return {name: statistics.median(times) for name, times in found.items()}
 

@@ -5,6 +5,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.utils import WeakFileLock
@@ -239,6 +240,31 @@ def test_a_moment_of_noise_moves_no_rate():
 
     took = rates.typical({"a": disturbed, "b": lambda: time.sleep(0.002)}, lambda: None, 0.3)
     assert took["a"] < 0.02 and took["b"] < 0.01
+
+
+def test_waiting_for_a_card_counts_for_little(monkeypatch):
+    now, waits = [0.0], []
+
+    def passes(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    calls = {"copy": lambda: passes(125e-6), "product": lambda: passes(0.02)}
+    took = rates.typical(calls, lambda: waits.append(passes(13e-6)), 0.15)
+    assert took == pytest.approx({"copy": 125e-6, "product": 0.02}, rel=0.005)
+    assert now[0] < 0.5
+
+
+def test_fp8_products_are_summed_as_in_layers(monkeypatch):
+    import torch
+    from flux2_kernels.gpu.scaled_mm import linear_w8a8
+
+    asked = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, **options: asked.append(options) or torch.zeros(16, 16))
+    eight, one = torch.ones(1, 16, 16).to(torch.float8_e4m3fn), torch.ones(1, 16, 1)
+    linear_w8a8(eight, one, eight[0], one[0, :, 0], torch.bfloat16)
+    rates.multiplied("float8_e4m3fn", eight[0], eight[0])()
+    assert asked[0]["use_fast_accum"] == asked[1]["use_fast_accum"]
 
 
 def test_measuring_leaves_the_users_random_numbers_alone(monkeypatch):
