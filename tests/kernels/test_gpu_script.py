@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from flux2_kernels import OPS, Format, Implementation, Op, Place, tables
-from flux2_kernels.bench import checks, report
+from flux2_kernels.bench import checks, report, timing
 from flux2_kernels.bench.stock import STOCK
 from flux2_kernels.constraint import Constraint
 from flux2_kernels.verify import draw
@@ -254,11 +254,45 @@ def test_a_wrong_result_at_a_models_shape_fails_the_run(how: Any, said: str, nor
 
 
 def test_a_failure_while_measuring_is_a_row(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "measure", lambda *_: fail(_))
+    monkeypatch.setattr(report, "prepared", lambda *_: fail(_))
     assert not gpu.kernels(dry(tmp_path, norm(OPS["modulated_norm"].reference)))
     rows, record = kept(tmp_path)
     assert {row["problem"] for row in rows} == {"RuntimeError: no kernel image for this card"} and len(rows) == 2
     assert {row["ours_ms"] for row in rows} == {""} and len(record["failed"]) == 2
+
+
+def test_a_rival_that_fails_is_left_out(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STOCK, "modulated_norm", lambda **_: fail(_))
+    assert gpu.kernels(dry(tmp_path, norm(OPS["modulated_norm"].reference)))
+    rows, _ = kept(tmp_path)
+    assert not any(row["eager_ms"] or row["inductor_ms"] for row in rows) and all(row["ours_ms"] for row in rows)
+    assert [row["library"] for row in rows if row["library_ms"]] == ["layer_norm"], "for the one picture"
+
+
+def test_results_of_a_graphs_calls_lie_apart() -> None:
+    places: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        places.append((y := x + 1).data_ptr())
+        return y
+
+    timing.prepared(function, [{"x": torch.ones(1 << 20)} for _ in range(4)])
+    assert len(places) == len(set(places)) == 4
+
+
+def test_what_is_compared_takes_turns_once_the_card_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, now = [], [0.0]
+
+    def run(name: str, seconds: float) -> float:
+        ran.append(name)
+        now[0] += seconds
+        return seconds if now[0] > timing.WARM else 1.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    took = timing.in_turn({"a": lambda: run("a", 0.001), "b": lambda: run("b", 0.004)}, replays=5)
+    assert took == {"a": timing.Times(1.0, 1.0, 1.0), "b": timing.Times(4.0, 4.0, 4.0)}
+    assert ran == ["a", "b"] * 15
 
 
 def test_rows_are_kept_as_they_come(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

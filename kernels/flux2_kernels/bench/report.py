@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from ..constraint import Format, Place, name_of
-from ..op import Case, Function, Inputs, Op
+from ..op import Case, Inputs, Op
 from ..rates import Rates
 from ..registry import reasons
 from ..verify import draw
 from .checks import check_one, said
 from .rivals import in_bf16, inductor, libraries, linear_bf16
 from .stock import STOCK
-from .timing import host_us, measure, sets_for
+from .timing import host_us, in_turn, prepared, sets_for
 
 MEMORY_AIM = 85.0  # percent of the measured copy bandwidth
 LIBRARY_AIM = 0.9  # of the best library's speed
@@ -32,7 +33,7 @@ class Row:
         op, shape, format, dims, implementation: what ran.
         error: its largest error as a share of its bound.
         problem: what was wrong, with the result or with measuring; empty if nothing was.
-        ours_p20, ours_ms, ours_p80: replays of a CUDA graph, so that they hold no launch.
+        ours_p20, ours_ms, ours_p80: replays of a CUDA graph, so that they hold no launch, in turn with those of the rivals.
         host_us: microseconds that a call without a graph keeps the host.
         eager_ms, inductor_ms: the form of ``stock.py``, op by op and compiled.
         library, library_ms: the quickest library that runs.
@@ -126,9 +127,18 @@ class Bench:
             return draw(op, case, form, self.device, seed)
 
         sets = sets_for(make, cost.bytes)
-        function = op.implementation("triton").load()
-        ours = measure(function, sets)
-        library, library_ms = self.best_library(libraries(op, form, case.dims, self.place), sets)
+        function, found = op.implementation("triton").load(), libraries(op, form, case.dims, self.place)
+        rivals = {**found, "eager": STOCK[op.name], "inductor": inductor(STOCK[op.name], self.backend)}
+        runs = {"ours": prepared(function, sets)}
+        for name, rival in rivals.items():
+            with suppress(Exception):  # most often for want of memory
+                runs[name] = prepared(rival, sets)
+        if op.name.startswith("linear"):
+            with suppress(Exception):
+                runs["bf16"] = prepared(linear_bf16, list(map(in_bf16, sets)))
+        took = in_turn(runs)
+        ours, medians = took["ours"], {name: times.p50 for name, times in took.items()}
+        library = min(found.keys() & medians.keys(), key=medians.__getitem__, default=None)
         seconds, roofline = ours.p50 / 1e3, self.rates.seconds(cost)
         return replace(
             row,
@@ -136,29 +146,16 @@ class Bench:
             ours_ms=ours.p50,
             ours_p80=ours.p80,
             host_us=host_us(function, sets[0]),
-            eager_ms=self.median(STOCK[op.name], sets),
-            inductor_ms=self.median(inductor(STOCK[op.name], self.backend), sets),
+            eager_ms=medians.get("eager"),
+            inductor_ms=medians.get("inductor"),
             library=library,
-            library_ms=library_ms,
-            cublas_bf16_ms=self.median(linear_bf16, map(in_bf16, sets)) if op.name.startswith("linear") else None,
+            library_ms=None if library is None else medians[library],
+            cublas_bf16_ms=medians.get("bf16"),
             gb_per_s=cost.bytes / seconds / 1e9,
             tflop_per_s=cost.flops / seconds / 1e12 if cost.matmul else None,
             roofline_ms=roofline * 1e3 if roofline else None,
             percent_of_measured=100 * roofline / seconds if roofline else None,
         )
-
-    def median(self, function: Function, sets: Iterable[Inputs]) -> float | None:
-        """Median milliseconds; None where it does not run here (most often for want of memory)."""
-        try:
-            return measure(function, list(sets)).p50
-        except Exception:
-            return None
-
-    def best_library(self, found: dict[str, Function], sets: Sequence[Inputs]) -> tuple[str | None, float | None]:
-        """The quickest of the libraries that run, and its median milliseconds."""
-        timed = [(ms, name) for name, function in found.items() if (ms := self.median(function, sets)) is not None]
-        ms, name = min(timed, default=(None, None))
-        return name, ms
 
 
 def rates_record(rates: Rates) -> dict[str, float]:

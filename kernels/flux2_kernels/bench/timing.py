@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from ..op import Function, Inputs
 from ..rates import Rates
 
 REPLAYS = 20
-ROTATED = 512 << 20  # bytes over which inputs are spread, so that no cache holds them from one call to the next
+WARM = 0.05  # seconds of replays that do not count: a card that has waited, for a compiler say, is slow to begin with
+ROTATED = 512 << 20  # bytes over which calls are spread, so that no cache holds what they read and write until the next
 MOST_SETS = 12
 
 
@@ -38,25 +39,43 @@ def times_of(seconds: Sequence[float]) -> Times:
 
 
 def measure(function: Function, sets: Sequence[Inputs], replays: int = REPLAYS) -> Times:
-    """Time ``function`` over ``sets`` of inputs in turn; on a card as replays of a CUDA graph, so that no launch is waited for."""
+    """Time ``function`` over ``sets`` of inputs, as :func:`prepared`."""
+    return in_turn({"": prepared(function, sets)}, replays)[""]
+
+
+def prepared(function: Function, sets: Sequence[Inputs]) -> Callable[[], float]:
+    """What computes ``function`` on each of ``sets`` of inputs and returns the seconds of one: on a card a replay of a CUDA graph,
+    so that no launch is waited for; elsewhere it has run, once, and says what that took."""
     device = next(value.device for value in sets[0].values() if isinstance(value, torch.Tensor))
 
-    def once() -> None:
-        for inputs in sets:
-            function(**inputs)
+    def once() -> list[Any]:
+        # All results are kept until the last: if one memory took them in turn, a cache would hold it.
+        return [function(**inputs) for inputs in sets]
 
     if device.type != "cuda":
-        return times_of([_wall(once) / len(sets)])
+        spent = _wall(once) / len(sets)
+        return lambda: spent
     replay = captured(once)
-    samples = []
-    for _ in range(replays):
+
+    def seconds() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         replay()
         end.record()
         end.synchronize()
-        samples.append(start.elapsed_time(end) / 1e3 / len(sets))
-    return times_of(samples)
+        return start.elapsed_time(end) / 1e3 / len(sets)  # the graph reads the sets' memory: this must hold them
+
+    return seconds
+
+
+def in_turn(runs: Mapping[str, Callable[[], float]], replays: int = REPLAYS) -> dict[str, Times]:
+    """Times of what :func:`prepared` made. They take turns: whatever clocks and heat do meanwhile, they do to all alike."""
+    end = time.perf_counter() + (WARM if torch.cuda.is_available() else 0)
+    while time.perf_counter() < end:
+        for run in runs.values():
+            run()
+    rounds = [[run() for run in runs.values()] for _ in range(replays)]
+    return {name: times_of(samples) for name, samples in zip(runs, zip(*rounds, strict=True), strict=True)}
 
 
 def host_us(function: Function, inputs: Inputs, calls: int = REPLAYS) -> float:
@@ -97,18 +116,19 @@ def sets_for(make: Callable[[int], Inputs], moved: int) -> list[Inputs]:
 
 
 def measured_rates(device: torch.device, sm: int, size: int = 8192) -> Rates:
-    """Copy bandwidth (bytes read and written) and the rates of ``size``³ matmuls in bf16, int8 and fp8."""
+    """Copy bandwidth (bytes read and written) and the rates of ``size``³ matmuls in bf16, int8 and fp8, of normally distributed
+    values as layers multiply them: what is in the bits decides a card's power, and with it its clocks."""
     source = torch.randint(0, 127, (size * size * 16,), dtype=torch.int8, device=device)
     copy = measure(lambda source: torch.empty_like(source).copy_(source), [{"source": source}])
     memory = 2 * source.numel() / (copy.p50 / 1e3)
-    operations, a, b = 2 * size**3, source[: size * size].view(size, size), source[-size * size :].view(size, size)
-    wide = [part.to(torch.bfloat16) for part in (a, b)]
-    bf16 = _rate(operations, torch.mm, *wide)
+    operations, drawn = 2 * size**3, [torch.randn(size, size, device=device) for _ in range(2)]
+    bf16 = _rate(operations, torch.mm, *(part.to(torch.bfloat16) for part in drawn))
     matmul = {torch.bfloat16: bf16, torch.float16: bf16}
     with suppress(RuntimeError):  # this torch has no such product for this card
-        matmul[torch.int8] = _rate(operations, torch._int_mm, a, b)
+        whole = [(32 * part).clamp(-127, 127).to(torch.int8) for part in drawn]
+        matmul[torch.int8] = _rate(operations, torch._int_mm, *whole)
     if sm >= 89:
-        one, small = torch.ones((), device=device), [part.to(FP8) for part in (a, b)]
+        one, small = torch.ones((), device=device), [part.to(FP8) for part in drawn]
         scaled = lambda a, b: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
         with suppress(RuntimeError):
             matmul[FP8] = _rate(operations, scaled, *small)
