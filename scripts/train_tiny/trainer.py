@@ -54,7 +54,7 @@ class Run:
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """``function``, compiled if that is asked for: on a CPU for each shape that it gets, which is faster there, and on a card
-        once for all of them, since it would compile for longer than it trains."""
+        for any shape after the first, a few times in all, since it would compile for longer than it trains."""
         return torch.compile(function, dynamic=None if self.device == "cuda" else False) if self.compile else function
 
 
