@@ -260,7 +260,7 @@ def test_fp8_products_are_summed_as_in_layers(monkeypatch):
     from flux2_kernels.gpu.scaled_mm import linear_w8a8
 
     asked = []
-    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, **options: asked.append(options) or torch.zeros(16, 16))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **options: asked.append(options) or torch.zeros(16, 16))
     eight, one = torch.ones(1, 16, 16).to(torch.float8_e4m3fn), torch.ones(1, 16, 1)
     linear_w8a8(eight, one, eight[0], one[0, :, 0], torch.bfloat16)
     rates.multiplied("float8_e4m3fn", eight[0], eight[0])()
