@@ -234,7 +234,8 @@ def tune(run: Run) -> Path:
     place = run.place if run.place.sm else type(run.place)("cpu", sm, triton=True, interpreter=True)
     cut = (lambda op, case: op.cases[1]) if run.dry else (lambda op, case: case)
     tuner = Tuner(place, run.device, cut, most=2 if run.dry else None)
-    folders = [*([] if run.dry else [tables.FOLDER]), *([] if run.folder == RESULTS else [run.folder])]
+    own = [run.folder] if run.dry or run.folder != RESULTS else []
+    folders = own if run.dry else [tables.FOLDER, *own]
     for table in tuner.tables(tables.table(sm), card(run), kernels, sorted(asked)):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)

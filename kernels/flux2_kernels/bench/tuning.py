@@ -167,7 +167,7 @@ class Tuner:
             yield table
         for name in ("linear_w8a8", "linear_w8a8_gated"):
             if name in names:
-                order[name] = self.order(name)
+                order[name] = {**order.get(name, {}), **self.order(name)}
                 yield table
 
     def entry(self, kernel: str, group: Group) -> Config:
