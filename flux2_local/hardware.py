@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import segments
 from .errors import BackendUnavailableError, PlanError
@@ -304,8 +306,9 @@ def host_memory() -> tuple[int, int]:
             rows = {k: int(v.split()[0]) * 1024 for k, v in (row.split(":", 1) for row in f)}
         available, total = rows["MemAvailable"], rows["MemTotal"]
     except (OSError, KeyError, ValueError):
-        page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-        total = page * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
+        if sys.platform == "win32":
+            return windows_memory()
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         available = int(total * 0.7)
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -318,6 +321,26 @@ def host_memory() -> tuple[int, int]:
         if limit < total:
             return min(available, max(0, limit - used)), limit
     return available, total
+
+
+class MemoryStatus(ctypes.Structure):
+    """Windows' ``MEMORYSTATUSEX``."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def windows_memory() -> tuple[int, int]:
+    """As :func:`host_memory`, on Windows."""
+    status = MemoryStatus(size=ctypes.sizeof(MemoryStatus))
+    system: Any = ctypes
+    system.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return status.available, status.total
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +84,9 @@ def part(whole: mmap.mmap, begin: int, end: int) -> Tensor:
     """Some bytes of a mapped file, uint8 [end - begin], whose pages leave when nobody has them any more."""
     view = memoryview(whole)[begin:end]
     weakref.finalize(view, let_go, whole, begin, end).atexit = False
-    return torch.frombuffer(view, dtype=torch.uint8)
+    with warnings.catch_warnings():  # of a buffer that cannot be written to
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(view, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,10 @@ def read_from(value: Tensor | Coded) -> Tensor:
 
 
 def mapped(path: Path) -> mmap.mmap:
-    """A file's bytes; what is written to them stays in this process."""
+    """A file's bytes, which nobody writes to; where somebody could, that would stay in this process."""
     with path.open("rb") as f:
-        if sys.platform == "win32":
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        if sys.platform == "win32":  # which sets memory aside for all of a file that could be written to
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         # Nothing is reserved for pages that could be written to: files may be larger than memory.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
         whole = mmap.mmap(f.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)

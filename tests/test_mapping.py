@@ -92,6 +92,15 @@ def test_every_type_as_safetensors_reads_it(tmp_path):
         assert torch.equal(got[name].float(), value.float())
 
 
+def test_files_are_mapped_to_be_read_alone_on_windows(tmp_path, monkeypatch):
+    """It sets memory aside for a file that could be written to, all of it. torch warns of what cannot be, once in a process."""
+    save_file({"a": torch.arange(6.0)}, tmp_path / "w.safetensors")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert memoryview(mapping.mapped(tmp_path / "w.safetensors")).readonly
+    ((_, value),) = weights.read_files([tmp_path / "w.safetensors"])
+    assert torch.equal(value, torch.arange(6.0))
+
+
 def test_a_file_that_grows_is_an_ordinary_one_or_none(tmp_path):
     tensors = {"a": torch.randn(3, 8), "b": torch.arange(16, dtype=torch.int8), "c": torch.randn(4, 4).bfloat16()}
     with replacing(tmp_path / "w.safetensors") as part, weights.growing(part, {"of": "it"}) as add:

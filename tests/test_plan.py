@@ -196,6 +196,19 @@ def test_host_memory_is_a_cpus_own_and_beside_a_card():
     assert ["--ram" in reason for reason in reasons] == [True, False]
 
 
+def test_host_memory_on_windows(tmp_path, monkeypatch):
+    class System:
+        class kernel32:
+            def GlobalMemoryStatusEx(status):
+                assert status._obj.size == 64
+                status._obj.total, status._obj.available = 2**35, 2**34
+
+    monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / "nowhere")
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    monkeypatch.setattr(hardware.ctypes, "windll", System, raising=False)
+    assert hardware.host_memory() == (2**34, 2**35)
+
+
 def test_a_plan_says_what_it_counts_of_host_memory():
     for device, some in (("h200", False), ("laptop-8gb", True)):
         plan = make_plan(need("klein-9b"), from_preset(device))
