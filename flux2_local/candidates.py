@@ -188,7 +188,7 @@ def layouts(terms: Terms, form: quant.Format | None) -> tuple[Layout, ...]:
 def filed(terms: Terms, form: quant.Format | None, component: str) -> bool:
     """Whether a network's weights are mapped from files just as they are used; else they are made in memory when they are loaded."""
     if form is not None:
-        return not form.not_kept
+        return not form.not_kept and form.backend != "quanto"  # whose tensors are copied when they are read
     if component == "vae":
         return True
     return terms.need.arch.stored == terms.dtype and not (terms.merged and component == "transformer")

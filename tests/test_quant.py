@@ -26,13 +26,14 @@ from flux2_local import (
     weights,
 )
 from flux2_local.bench.counts import count
-from flux2_local.candidates import Need
+from flux2_local.candidates import Need, Terms, filed
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset, probe
 from flux2_local.model.blocks import block_linears
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
+from flux2_local.offload.tensors import leaves, moved
 from flux2_local.plan import ComponentPlan, Wishes, make_plan
 from flux2_local.presets import EIGHT_BIT, devices, models, parse_bytes, tiers
 from flux2_local.quant import builtin, convert, disk, measure
@@ -496,12 +497,34 @@ def test_a_format_named_wrongly_is_refused_at_once(dev_folder):
         Flux2.load(dev_folder, device="cpu", quantize="builtin-fp8")
 
 
+def test_weights_go_to_a_card_as_they_are(monkeypatch):
+    """quanto's own way of moving fp8 weights packs them for a kernel that it compiles then, for which cards' machines seldom have the
+    compiler; and its int4 weights are packed for processors."""
+    tensor, form = pytest.importorskip("optimum.quanto.tensor"), FORMATS["quanto-fp8"]
+    layer = convert.backend(form).quantize(torch.randn(64, 128), form, torch.bfloat16, CPU)
+
+    def packed(*_, **__):
+        raise AssertionError("packed anew")
+
+    monkeypatch.setattr(tensor.WeightQBytesTensor, "create", packed)
+    there = moved(layer.weight, torch.device("meta"))
+    assert [leaf.device.type for leaf in leaves(there)] == ["meta"] * 2 and isinstance(there, torch.nn.Parameter)
+    assert "it needs cpu" in FORMATS["quanto-int4"].reason_against(from_preset("h200"), "bfloat16")
+
+
 def test_a_missing_package_says_how_to_get_it():
     form = Format("x", "torchao", 1, 0.01, packages=(("no-such-package", "1.2"),))
     assert "pip install no-such-package" in form.reason_against(HERE, "bfloat16")
     old = Format("x", "torchao", 1, 0.01, packages=(("torch", "99.0"),))
     assert "pip install --upgrade torch" in old.reason_against(HERE, "bfloat16")
     assert numbers("0.18.0+cpu") == (0, 18, 0) and numbers("2.7rc1") > numbers("2.7") > numbers("0.18")
+
+
+def test_only_weights_that_are_read_as_they_lie_in_files_are_left_there():
+    work = Need("tiny", "standard", tiers()["regular"], family_architecture(models()["klein-4b"]), Work())
+    terms = Terms(work, HERE, "bfloat16", 10**12, "native", "sdpa", False, False)
+    names = ("builtin-int8", "torchao-int8", "torchao-int4", "quanto-int8")
+    assert [filed(terms, FORMATS[name], "transformer") for name in names] == [True, True, False, False]
 
 
 def test_a_small_budget_is_met_by_quantizing():

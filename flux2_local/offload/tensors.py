@@ -54,9 +54,9 @@ def on_host(value: Tensor) -> list[Tensor]:
 
 
 def moved(value: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device``. Quantized weights are tensors around tensors, for which setting ``.data`` would not do."""
-    there = value.to(device)
-    return nn.Parameter(there, requires_grad=False) if isinstance(value, nn.Parameter) else there
+    """A copy on ``device``. Quantized weights are tensors around tensors, for which setting ``.data`` would not do; these move as they
+    are, since their own way of moving may pack them anew, by code that quanto compiles on the spot."""
+    return around(value, (leaf.to(device) for leaf in leaves(value)))
 
 
 def leaves(value: Tensor) -> list[Tensor]:

@@ -112,8 +112,8 @@ FORMATS: dict[str, Format] = {
         Format("quanto-int8", "quanto", 1 + ROW / 2, 0.009, packages=QUANTO, note=UNPACKS),
         Format("quanto-fp8", "quanto", 1 + ROW / 2, 0.0266, kinds=("cuda", "cpu"), packages=QUANTO, note=UNPACKS),
         Format(
-            "quanto-int4", "quanto", 0.5 + GROUP_128, 0.1, dtypes=("bfloat16",), kinds=("cuda", "cpu"), packages=QUANTO,
-            group=128, note="in float32 it would compile C++ at its first use, for minutes",
+            "quanto-int4", "quanto", 0.5 + GROUP_128, 0.1, dtypes=("bfloat16",), kinds=("cpu",), packages=QUANTO, group=128,
+            note="in float32 it would compile C++ at its first use, for minutes; packed for processors, not for cards",
         ),
     )
 }  # fmt: skip
