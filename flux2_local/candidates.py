@@ -12,6 +12,7 @@ from .costs import PAGEABLE, WIDTH, Architecture, Work
 from .footprint import Setup, Weights
 from .hardware import Hardware
 from .homes import Home, Traveller, homes
+from .model.kernels import place_without, summed
 from .offload.streamed import READ_AHEAD, RING
 from .presets import Tier, show_bytes, tiers
 from .quant.recipe import Recipe
@@ -229,6 +230,8 @@ class Draft:
             channels_last=not t.need.tier.exact,
             gathered=1 if self.layout.transformer == "resident" else GATHERED,
             threads=t.hardware.cores if t.hardware.kind == "cpu" else 0,
+            place=place_without(t.hardware) if self.form else None,
+            summed=self.form is not None and self.form.product == "int8" and summed(t.hardware, t.dtype),
         )
 
     @property

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flux2_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ def counts_file() -> Path:
     sources = sorted(
         p for name in ("*.py", "attention/*.py", "model/*.py", "offload/*.py", "quant/*.py") for p in here.glob(name)
     )
+    sources += sorted(p for name in ("*.py", "gpu/*.py") for p in Path(flux2_kernels.__file__).parent.glob(name))
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from flux2_kernels import Place
 from torch import Tensor, nn
 
 from . import attention, costs, quant
@@ -191,6 +192,8 @@ class Setup:
         gathered: pictures whose latents wait for each other at least.
         threads: of a CPU; 0 on a card, whose kernels keep attention's scores in registers.
         together: whether guidance's two passes run as one of a batch twice as large.
+        place: a card that runs none of Triton's kernels; None elsewhere.
+        summed: whether int8 products leave int32 sums.
     """
 
     arch: Architecture
@@ -205,6 +208,8 @@ class Setup:
     gathered: int = 1
     threads: int = 0
     together: bool = False
+    place: Place | None = None
+    summed: bool = False
 
     def rows(self, work: Work) -> int:
         """Of the batch that goes through the transformer."""
@@ -385,28 +390,43 @@ def prepare(network: nn.Module, setup: Setup) -> None:
 
 
 def stand_in(form: quant.Format, setup: Setup) -> Callable[[nn.Linear], nn.Module]:
-    """A layer's replacement: ours on a CPU as it is; on a card, kernels that allocate rows, scales and the result; other
-    backends unpack the whole weight."""
-    if form.backend == "builtin" and setup.kind == "cpu":
-        from .quant import builtin
+    """A layer's replacement: ours as it is on a CPU, and on a card where torch computes it; elsewhere kernels that allocate rows,
+    scales and the result; other backends unpack the whole weight."""
+    if form.backend == "builtin" and (setup.kind == "cpu" or setup.place is not None):
+        return lambda layer: _own(layer, form, setup)
+    return lambda layer: _Replaced(layer, form, setup)
 
-        return lambda layer: builtin.quantize(layer.weight, form, DTYPES[setup.dtype], torch.device("cpu"))
-    return lambda layer: _Replaced(layer, form, DTYPES[setup.dtype])
+
+def _own(layer: nn.Linear, form: quant.Format, setup: Setup) -> nn.Module:
+    from .quant import builtin
+
+    dtype = DTYPES[setup.dtype]
+    made = builtin.quantize(layer.weight, form, dtype, torch.device("cpu"))
+    if setup.place is not None and isinstance(made, builtin.QuantizedLinear):
+        made.arithmetic = builtin.arithmetic(form, layer.in_features, layer.out_features, dtype, setup.place)
+    return made
 
 
 class _Replaced(nn.Module):
-    def __init__(self, layer: nn.Linear, form: quant.Format, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear, form: quant.Format, setup: Setup) -> None:
         super().__init__()
-        self.rows, self.columns, self.form, self.dtype = layer.out_features, layer.in_features, form, dtype
+        self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
+        self.dtype, self.summed = DTYPES[setup.dtype], setup.summed and form.product == "int8"
         quantizes = form.backend == "builtin" and (form.rounded or not form.group)
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
     def forward(self, x: Input) -> Tensor:
         if isinstance(x, Rows):
-            return torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
-        held: object = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8)
+            sums = self._sums(x.values)
+            out = torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
+            del sums
+            return out
+        held: object = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8), self._sums(x)
         if self.form.backend != "builtin":
             held = torch.empty(self.rows, self.columns, dtype=x.dtype)
         out = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)
         del held
         return out
+
+    def _sums(self, x: Tensor) -> Tensor | None:
+        return torch.empty(*x.shape[:-1], self.rows, dtype=torch.int32) if self.summed else None

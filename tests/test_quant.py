@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flux2_kernels import linear_w4, linear_w8a8, quantize_rows
+from flux2_kernels import constraint, linear_w4, linear_w8a8, quantize_rows, registry
 from safetensors.torch import save_file
 from test_lora import FIELDS, as_diffusers
 from torch.overrides import TorchFunctionMode
@@ -26,7 +26,7 @@ from flux2_local import (
     weights,
 )
 from flux2_local.bench.counts import count
-from flux2_local.candidates import Need, Terms, filed
+from flux2_local.candidates import LAYOUTS, Draft, Need, Terms, filed
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset, probe
@@ -161,6 +161,33 @@ def test_int4_weights_times_int8_rows():
     assert form not in quant.automatic(from_preset("rtx-4090", 2**36), "bfloat16")
     assert make_plan(need(), from_preset("rtx-4090", 2**36), Wishes(quantize=form.name)).transformer.format == form.name
     assert "it needs cuda" in form.reason_against(HERE, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "sm", "problem", "order", "times"),
+    [
+        ("builtin-int8", 89, "", ["triton"], 1),
+        ("builtin-int8", 89, "", ["int_mm"], 1 + 2),  # its sums are int32
+        ("builtin-int8", 89, "no C compiler", [], 1 + 2),  # of half of the rows at once, in int32 and float32
+        ("builtin-int8", 75, "", [], 4),  # results in float32, twice
+        ("builtin-int4", 89, "", ["triton"], 1),
+        ("builtin-int4", 89, "no C compiler", [], 1 + 2),  # the result in float32
+    ],
+)
+def test_cards_are_planned_with_what_their_products_allocate(monkeypatch, name, sm, problem, order, times):
+    """As often the bytes of the result, but for the rows, where Triton's kernels run, a library is faster, or torch does all."""
+    monkeypatch.setattr(constraint, "sm_of", lambda index: sm)
+    monkeypatch.setattr(constraint, "problem_on", lambda index: problem)
+    monkeypatch.setattr(registry, "order_of", lambda at, op, form, default: list(dict.fromkeys([*order, *default])))
+    card = replace(from_preset("rtx-4090"), device="cuda:0", sm=sm)
+    terms = Terms(need(), card, "bfloat16", 0, "reference", "sdpa", False, False)
+    setup = Draft(terms, FORMATS[name], LAYOUTS[0]).setup
+    with meta():
+        dense, x = torch.nn.Linear(256, 8192, bias=False), torch.empty(1, 2048, 256, dtype=torch.bfloat16)
+    layer = footprint.stand_in(FORMATS[name], setup)(dense)
+    with footprint.counted(layer, setup) as peak:
+        result = layer(x)
+    assert times <= peak.peak / result.nbytes < times + 0.5
 
 
 def test_int8_on_the_cpu_runs_int8_instructions():

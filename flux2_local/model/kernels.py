@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from flux2_kernels import Format, Place, choose, place_of, reasons
+from flux2_kernels.constraint import LEAST_SM
 from torch import Tensor
 
 from .ops import Input, Ops, Pair, Quantizer, Rotary, Rows, beside, sdpa
@@ -34,6 +35,20 @@ def place_on(hardware: Hardware) -> Place:
         return place_of(hardware.device)
     here = place_of("cpu")
     return Place(hardware.kind, hardware.sm or 0, here.triton or hardware.described, here.interpreter)
+
+
+def place_without(hardware: Hardware) -> Place | None:
+    """The card of ``hardware`` if no kernel of Triton's runs there, so that torch computes in their place."""
+    place = place_on(hardware)
+    if place.device != "cuda" or (place.triton and place.sm >= LEAST_SM):
+        return None
+    return Place("cuda", place.sm)
+
+
+def summed(hardware: Hardware, dtype: str) -> bool:
+    """Whether int8 products leave int32 sums there, which are scaled afterwards."""
+    why = reasons("linear_w8a8", place_on(hardware), Format(getattr(torch, dtype), torch.int8))
+    return next(name for name, reason in why.items() if reason is None) == "int_mm"
 
 
 def dims(config: TransformerConfig) -> dict[str, int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from flux2_kernels import Format as Kinds
-from flux2_kernels import choose, linear_w4, quantize_rows
+from flux2_kernels import Place, choose, linear_w4, place_of, quantize_rows
 from torch import Tensor, nn
 
 from ..model.ops import Input, Quantizer, Rows
@@ -153,24 +153,23 @@ def rotation_for(channels: int, largest: int) -> int:
     return block if block >= LEAST_ROTATION else 0
 
 
-def arithmetic(form: Format, channels: int, rows: int, dtype: torch.dtype, device: torch.device) -> Arithmetic:
+def arithmetic(form: Format, channels: int, rows: int, dtype: torch.dtype, device: torch.device | Place) -> Arithmetic:
     """The fastest implementation there is for layers of ``channels`` inputs and ``rows`` outputs on ``device``."""
+    place = device if isinstance(device, Place) else place_of(device)
     dims = {"k": channels, "n": rows, "width": channels}
     kinds, rotation = Kinds(dtype, values_of(form)), rotation_for(channels, form.rotation)
     if form.group and not form.rounded:
-        if device.type != "cuda" or dtype == torch.float32:
+        if place.device != "cuda" or dtype == torch.float32:
             return Arithmetic(None, linear_w4.reference, dtype)
-        choice = choose("linear_w4a16", device, Kinds(dtype), {**dims, "group": form.group})
+        choice = choose("linear_w4a16", place, Kinds(dtype), {**dims, "group": form.group})
         return Arithmetic(None, choice.function, dtype)
-    function = choose("quantize_rows", device, kinds, {**dims, "hadamard": rotation}).function
+    function = choose("quantize_rows", place, kinds, {**dims, "hadamard": rotation}).function
     quantizer = Quantizer(values_of(form), rotation, function)
     if form.rounded:
-        return Arithmetic(
-            quantizer, choose("linear_w4a8", device, kinds, {**dims, "group": form.group}).function, dtype
-        )
-    if device.type == "cpu" and values_of(form) == torch.int8:
+        return Arithmetic(quantizer, choose("linear_w4a8", place, kinds, {**dims, "group": form.group}).function, dtype)
+    if place.device == "cpu" and values_of(form) == torch.int8:
         return Arithmetic(quantizer, int8_on_cpu, dtype)
-    return Arithmetic(quantizer, choose("linear_w8a8", device, kinds, dims).function, dtype)
+    return Arithmetic(quantizer, choose("linear_w8a8", place, kinds, dims).function, dtype)
 
 
 def int8_on_cpu(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -118,6 +118,13 @@ def load_scaled_mm() -> Function:
     return scaled_mm.linear_w8a8
 
 
+def load_int_mm() -> Function:
+    """The int8 matmul of torch's library, scaled by torch."""
+    from .gpu import int_mm
+
+    return int_mm.linear_w8a8
+
+
 def load_library() -> Function:
     """The int8 matmul of torch's library, then the scales."""
     from .gpu import library
@@ -150,6 +157,7 @@ TRITON = Constraint(FLOATS, QUANTIZED, 80, FP8_SM, triton=True, rules=ALIGNED)
 LIBRARY_RULES = (multiple("k", 16), multiple("n", 16))
 SCALED_MM = Constraint((torch.bfloat16,), (FP8,), 89, rules=LIBRARY_RULES)
 INT_MM = Constraint(FLOATS, (torch.int8,), 80, triton=True, rules=LIBRARY_RULES)
+INT_MM_ALONE = Constraint(FLOATS, (torch.int8,), 80, rules=LIBRARY_RULES)
 FORMATS = tuple(Format(d, q) for d in FLOATS for q in QUANTIZED)
 REFERENCE = Constraint(FLOATS, QUANTIZED)
 
@@ -168,6 +176,7 @@ OPS = (
             Implementation("triton", load_triton, TRITON),
             Implementation("scaled_mm", load_scaled_mm, SCALED_MM),
             Implementation("int_mm", load_library, INT_MM),
+            Implementation("int_mm_alone", load_int_mm, INT_MM_ALONE),
             Implementation("reference", lambda: reference, REFERENCE),
         ),
     ),

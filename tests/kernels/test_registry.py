@@ -9,10 +9,11 @@ import pytest
 import torch
 from flux2_kernels import OPS, Format, KernelUnavailable, Op, Place, choose, constraint, place_of, reasons
 from flux2_kernels.bench.tuning import Tuner, groups
-from flux2_kernels.constraint import FP8
+from flux2_kernels.constraint import FLOATS, FP8
 from flux2_kernels.gpu import int_mm
 from flux2_kernels.shapes import MODELS
 from flux2_kernels.tables import config_of, imposed, kept_sms, nearest, order_of, table
+from flux2_kernels.verify import draw
 
 INT8 = Format(torch.bfloat16, torch.int8)
 E4M3 = Format(torch.bfloat16, FP8)
@@ -63,12 +64,24 @@ def test_triton_that_launches_nothing_is_as_good_as_none(monkeypatch: pytest.Mon
 
 
 def test_what_is_chosen_without_triton_can_be_imported() -> None:
-    """torch brings Triton not everywhere. One product needs none: of fp8 rows, by torch's library."""
+    """torch brings Triton not everywhere. The products of 8-bit rows need none: torch's library has them."""
     path = {"PYTHONPATH": ":".join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=path)
     assert ran.returncode == 0, ran.stderr
     found = {tuple(line.split()) for line in ran.stdout.splitlines()}
-    assert found == {(str(sm), "linear_w8a8", "scaled_mm", str(E4M3)) for sm in SMS if sm >= 89}
+    want = {(str(sm), "linear_w8a8", "scaled_mm", str(E4M3)) for sm in SMS if sm >= 89}
+    names = [str(Format(dtype, torch.int8)) for dtype in FLOATS]
+    assert found == want | {(str(sm), "linear_w8a8", "int_mm_alone", name) for sm in SMS for name in names}
+
+
+def test_the_int8_library_alone_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the parts that rows come in, the last of which is short."""
+    monkeypatch.setattr(int_mm, "PART", 20)
+    op, form = OPS["linear_w8a8"], Format(torch.bfloat16, torch.int8)
+    for case in op.cases:
+        inputs = draw(op, case, form, torch.device("cpu"), 0)
+        got = op.implementation("int_mm_alone").load()(**inputs)
+        assert torch.equal(got, op.reference(**inputs)), case
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -179,7 +192,7 @@ def test_a_library_that_fails_is_left_out_of_the_order(monkeypatch: pytest.Monke
     monkeypatch.setattr(Tuner, "seconds", seconds)
     said: list[str] = []
     tuner = Tuner(card(90), torch.device("cpu"), lambda op, case: case, progress=said.append)
-    assert tuner.order("linear_w8a8")["int8"] == ["triton"]
+    assert tuner.order("linear_w8a8")["int8"] == ["triton", "int_mm_alone"]
     assert "linear_w8a8 bfloat16+int8 int_mm: RuntimeError" in said
 
 
