@@ -148,7 +148,9 @@ def prepare(options: argparse.Namespace) -> Run:
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is None:
-        raise SystemExit("Triton is not installed, and the kernels are written in it: pip install triton")
+        raise SystemExit(
+            "Triton is not installed, and the kernels are written in it: pip install triton, on Windows triton-windows"
+        )
     if not options.dry_run and (reason := obstacle()):
         raise SystemExit(reason)
     import torch

@@ -28,6 +28,6 @@ BACKEND = Backend(
     {"cuda": {**HALF, "float32": 80}},
     head_dims=(16, 32, 64, 128, 256),
     package="triton",
-    get="pip install triton",
+    get="pip install triton, on Windows triton-windows",
     only_named="it is compiled at the first call of every size, and without a mask it gains nothing",
 )

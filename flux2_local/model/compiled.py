@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from flux2_kernels import place_of
+from flux2_kernels.constraint import NO_TRITON
 
 from ..files import cache_folder
 from .transformer import Flux2Transformer, TransformerConfig
@@ -41,7 +42,7 @@ def reason_against(hardware: Hardware) -> str | None:
     ):
         return "there is no C++ compiler; install g++ or clang"
     if hardware.kind == "cuda" and not (place := place_of(hardware.device)).triton:
-        return place.problem or "Triton is not installed; pip install triton"
+        return place.problem or NO_TRITON
     return None
 
 

@@ -17,6 +17,7 @@ QUANTIZED = (torch.int8, FP8)
 FP8_SM = {FP8: 89}
 LEAST_SM = 80
 """That Triton's kernels run on."""
+NO_TRITON = "Triton is not installed (pip install triton, on Windows triton-windows, beside an NVIDIA card)"
 
 Dims = Mapping[str, int]
 
@@ -162,7 +163,7 @@ class Constraint:
             if dtype not in accepted:
                 return f"{name_of(dtype)} is not among its dtypes ({', '.join(map(name_of, accepted))})"
         if self.triton and not place.triton:
-            return place.problem or "Triton is not installed (pip install triton; Linux or Windows with an NVIDIA card)"
+            return place.problem or NO_TRITON
         if not (self.triton and place.interpreter) and (reason := self._hardware(place, form)):
             return reason
         return next((rule.text for rule in self.rules if not rule.holds(dims)), None)
