@@ -106,7 +106,7 @@ class Workspaces(TorchFunctionMode):
 
     Fused attention gives [B, H, T, d] in the layout of [B, T, H, d] and allocates the logarithms of its sums, a mask of booleans in
     q's type, and on a CPU each thread's scores. A CPU's convolutions of contiguous pictures work in a layout of their own, to which
-    the picture is copied and from which the result is.
+    the picture is copied and from which the result is; a card's work channels-last, and group norms give contiguous pictures there.
 
     Args:
         threads: of a CPU; 0 on a card.

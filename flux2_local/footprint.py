@@ -119,7 +119,7 @@ def own_bytes(value: Tensor, dtype: str) -> int:
 @contextmanager
 def counted(network: nn.Module, setup: Setup) -> Iterator[Peak]:
     """Count what is made inside, on the meta device."""
-    copying = setup.kind == "cpu" and not setup.channels_last
+    copying = setup.kind == "cuda" or (setup.kind == "cpu" and not setup.channels_last)
     with torch.device("meta"), torch.no_grad(), Workspaces(setup.threads, copying), Peak(network) as peak:
         yield peak
 

@@ -196,6 +196,14 @@ def test_host_memory_is_a_cpus_own_and_beside_a_card():
     assert ["--ram" in reason for reason in reasons] == [True, False]
 
 
+def test_a_cards_convolutions_have_their_pictures_twice():
+    """Group norms give contiguous ones: at the widest full-size convolution the block's input, what goes into the convolution, its
+    copy, and half as many channels that come out."""
+    setup = footprint.Setup(need().arch, "bfloat16", "cuda")
+    channels = 3 * 256 + 128
+    assert 1 <= footprint.decoding(setup, 512, 512, 0) / (2 * channels * 512 * 512) < 1.1
+
+
 def test_host_memory_on_windows(tmp_path, monkeypatch):
     class System:
         class kernel32:
