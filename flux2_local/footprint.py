@@ -411,7 +411,7 @@ class _Replaced(nn.Module):
     def __init__(self, layer: nn.Linear, form: quant.Format, setup: Setup) -> None:
         super().__init__()
         self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
-        self.dtype, self.summed = DTYPES[setup.dtype], setup.summed and form.product == "int8"
+        self.dtype, self.summed = DTYPES[setup.dtype], form.sums or (setup.summed and form.product == "int8")
         quantizes = form.backend == "builtin" and (form.rounded or not form.group)
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
@@ -421,9 +421,11 @@ class _Replaced(nn.Module):
             out = torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
             del sums
             return out
-        held: object = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8), self._sums(x)
-        if self.form.backend != "builtin":
-            held = torch.empty(self.rows, self.columns, dtype=x.dtype)
+        if self.form.backend == "builtin":
+            held = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8), self._sums(x)
+        else:
+            unpacked = self.rows * self.columns * self.form.unpacked * x.dtype.itemsize / 2
+            held = torch.empty(int(unpacked), dtype=torch.int8), self._sums(x)
         out = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)
         del held
         return out

@@ -32,6 +32,8 @@ class Format:
         automatic: whether the planner may choose it; the others are used when they are named.
         product: what its matrix products are of, a key of :attr:`Hardware.flops` where the device is fast at it; "" for the compute
             type.
+        unpacked: bytes per weight that another backend's layer takes while it multiplies, in 16 bit (``tests/test_quant.py``).
+        sums: whether it takes a result in 32 bit besides.
         not_kept: why its weights are quantized at every loading; "" where they are kept on disk.
         note: what to know before choosing it.
     """
@@ -49,6 +51,8 @@ class Format:
     rotation: int = 0
     automatic: bool = False
     product: str = ""
+    unpacked: float = 2.0
+    sums: bool = False
     not_kept: str = ""
     note: str = ""
 
@@ -98,9 +102,13 @@ FORMATS: dict[str, Format] = {
             "builtin-int4-int8", "builtin", 0.5 + GROUP_128, 0.117, dtypes=HALF, kinds=("cuda",), sm=80, group=128,
             rounded=True, note="multiplies in int8, by name only until a card has been measured with it",
         ),
-        Format("torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu")),
+        Format(
+            "torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu"), unpacked=4, sums=True
+        ),
         Format("torchao-int8", "torchao", 1 + ROW / 2, 0.009, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
-        Format("torchao-fp8", "torchao", 1 + ROW, 0.0266, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
+        Format(
+            "torchao-fp8", "torchao", 1 + ROW, 0.0266, packages=TORCHAO, kinds=("cuda", "cpu"), unpacked=10, note=UNPACKS
+        ),
         Format(
             "torchao-fp8-dynamic", "torchao", 1 + ROW, 0.0375, dtypes=("bfloat16",), kinds=("cuda",), sm=89,
             packages=TORCHAO, note="slower than bfloat16 unless it is compiled",
@@ -110,7 +118,9 @@ FORMATS: dict[str, Format] = {
             packages=TORCHAO, group=128, not_kept="its tiles are packed by the card, for the card",
         ),
         Format("quanto-int8", "quanto", 1 + ROW / 2, 0.009, packages=QUANTO, note=UNPACKS),
-        Format("quanto-fp8", "quanto", 1 + ROW / 2, 0.0266, kinds=("cuda", "cpu"), packages=QUANTO, note=UNPACKS),
+        Format(
+            "quanto-fp8", "quanto", 1 + ROW / 2, 0.0266, kinds=("cuda", "cpu"), packages=QUANTO, unpacked=4, note=UNPACKS
+        ),
         Format(
             "quanto-int4", "quanto", 0.5 + GROUP_128, 0.1, dtypes=("bfloat16",), kinds=("cpu",), packages=QUANTO, group=128,
             note="in float32 it would compile C++ at its first use, for minutes; packed for processors, not for cards",
