@@ -416,19 +416,19 @@ class _Replaced(nn.Module):
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
     def forward(self, x: Input) -> Tensor:
-        if isinstance(x, Rows):
-            sums = self._sums(x.values)
-            out = torch.empty(*x.values.shape[:-1], self.rows, dtype=self.dtype)
-            del sums
-            return out
-        if self.form.backend == "builtin":
-            held = torch.empty(*x.shape[:-1], self.columns + 4, dtype=torch.int8), self._sums(x)
-        else:
-            unpacked = self.rows * self.columns * self.form.unpacked * x.dtype.itemsize / 2
-            held = torch.empty(int(unpacked), dtype=torch.int8), self._sums(x)
-        out = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)
+        values, dtype = (x.values, self.dtype) if isinstance(x, Rows) else (x, x.dtype)
+        held = torch.empty(self._beside(x), dtype=torch.int8), self._sums(values)
+        out = torch.empty(*values.shape[:-1], self.rows, dtype=dtype)
         del held
         return out
+
+    def _beside(self, x: Input) -> int:
+        """Bytes of rows that are quantized here, with their scales, or of weights that are unpacked."""
+        if isinstance(x, Rows):
+            return 0
+        if self.form.backend == "builtin":
+            return x.numel() // self.columns * (self.columns + 4)
+        return int(self.rows * self.columns * self.form.unpacked * x.dtype.itemsize / 2)
 
     def _sums(self, x: Tensor) -> Tensor | None:
         return torch.empty(*x.shape[:-1], self.rows, dtype=torch.int32) if self.summed else None

@@ -146,9 +146,12 @@ def build(
         # The first use may be in inference mode, and weights made there could not be changed later.
         @torch.inference_mode(False)
         def read_text_encoder() -> Hold:
-            with meta():  # without what an earlier reading, broken off, has left in it
-                vars(text_encoder).update(vars(LanguageModel(arch.language, arch.text_layers)))
-            note = fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
+            try:
+                note = fill(text_encoder, plan.text_encoder, plan.dtype, source, device)
+            except BaseException:  # the next use reads it anew, without what this one has left in it
+                with meta():
+                    vars(text_encoder).update(vars(LanguageModel(arch.language, arch.text_layers)))
+                raise
             (told if keep_prompts else notes).append(note)
             return place(text_encoder.eval(), device, plan.text_encoder, told.append)
 
