@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scripts.train_tiny.data import HELD_OUT_SEED
-from scripts.train_tiny.lettering import ADVANCE, draw_word, word_width
-from scripts.train_tiny.render import render
+from scripts.train_tiny.lettering import ADVANCE, draw_word
+from scripts.train_tiny.render import TOKEN, letter_side, render
 from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, answers, classes, random_scene
 from scripts.train_tiny.trainer import Run, Trainer, averaged
 
@@ -143,9 +143,7 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
     """The letters on the sign at ``place``: of all positions there, the one where ``length`` cells in a row look most like
     letters, each cell read as its likeliest letter. That the sign has ``length`` letters is told, not read."""
     width, height = picture.size
-    room = 0.30 * width if place == "center" else 0.34 * width
-    unit = min(min(width, height) * 0.0135, room / (word_width("A" * length) + 3))
-    scale = UNIT / unit
+    scale = UNIT * ADVANCE / letter_side(min(width, height), TOKEN)
     grey = picture.convert("L").resize((round(width * scale), round(height * scale)), Image.Resampling.BOX)
     dark = 1 - torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
     masks = templates()

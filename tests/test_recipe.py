@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pickle
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +25,7 @@ from scripts.train_tiny import autoencoder, flow, latents, layout, network, rest
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
-from scripts.train_tiny.render import CELL, render, spots
+from scripts.train_tiny.render import CELL, SUPERSAMPLE, TOKEN, Painter, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
 from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
 
@@ -162,10 +163,23 @@ def test_the_layout_spells_what_the_sign_says():
         assert set(k.tolist()) == {0, layout.SIGN}
         assert p[k > 0][:, :2].abs().max() < 1.5
         assert not row[k == 0].any()
-        read = [chr(64 + n) for n in row.flatten().tolist() if n]
-        assert "".join(c for i, c in enumerate(read) if i == 0 or c != read[i - 1]) == "".join(
-            c for i, c in enumerate(scene.sign.word) if i == 0 or c != scene.sign.word[i - 1]
-        )
+        assert torch.equal(row[:, 0], row[:, 1]), "a letter fills a token"
+        assert "".join(chr(64 + n) for n in row[:, 0].tolist() if n) == scene.sign.word
+
+
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (1024, 768), (576, 1024), (608, 864)])
+def test_what_stands_somewhere_stands_on_tokens(width, height):
+    for scene in scenes(40):
+        painter = Painter(scene, width, height)
+        at = [painter.horizon, *(v for t in scene.things for v in painter.stand(t)[:2])]
+        at += painter.board(scene.sign) if scene.sign else ()
+        assert not np.remainder(at, TOKEN * SUPERSAMPLE).any()
+
+
+def test_a_place_is_left_unsaid_where_it_is_the_middle():
+    alone = [s for s in scenes(600) if len(s.things) + (s.sign is not None) == 1]
+    unsaid = [s for i, s in enumerate(alone) if not re.search("left|right|cent|middle", caption(s, random.Random(i)))]
+    assert len(unsaid) > 20 and {what.place for s in unsaid for what in (*s.things, s.sign) if what} == {"center"}
 
 
 def test_tokens_around_things_are_all_of_theirs_and_some_others():
@@ -190,10 +204,11 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     hidden = F.pad(hidden.float(), (0, 256 - hidden.shape[-1]))
     teller = layout.Teller()
     trainer = torch.optim.Adam(teller.parameters(), lr=0.03)
-    before = float(teller(hidden, *found).detach())
+    weight = torch.ones(kind.shape)
+    before = float(teller(hidden, weight, *found).detach())
     for _ in range(150):
         trainer.zero_grad()
-        loss = teller(hidden, *found)
+        loss = teller(hidden, weight, *found)
         loss.backward()
         trainer.step()
     assert float(loss.detach()) < 0.1 * before
@@ -222,7 +237,9 @@ def pictures(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("look", [flow.WHOLE, flow.THINGS, flow.SIGNS], ids=["whole", "things", "signs"])
+@pytest.mark.parametrize(
+    "look", [flow.WHOLE, flow.WORDS, flow.THINGS, flow.SIGNS], ids=["whole", "words", "things", "signs"]
+)
 def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look):
     samples = flow.Samples(pictures, {flow.SQUARE: 1.0}, (look,))
     model = network.build()
@@ -239,6 +256,17 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look
     loss.backward()
     assert loss.isfinite()
     assert model.teller.layer.weight.grad.abs().sum() > 0 and model.proj_out.weight.grad.abs().sum() > 0
+
+
+def test_where_noise_leaves_open_where_things_are_their_presence_counts_as_much_as_their_absence():
+    kind = torch.zeros(6, 40, dtype=torch.long)
+    kind[:3, 10:20] = 1
+    sigma = torch.tensor([0.5, 0.9, 0.9, 0.5, 0.9, 0.9])
+    weight = flow.stress(kind, sigma)
+    assert torch.equal(weight[0], 1 + (flow.STRESS - 1) * (kind[0] > 0)) and (weight[3] == 1).all()
+    assert (weight[4, 10:20] == flow.STRESS).all() and (weight[4, 20:] == 1).all(), "as others have it"
+    alone = flow.stress(kind[2:], sigma[2:])
+    assert (alone[0] == 1).all(), "its own counts nothing"
 
 
 def test_a_batch_for_a_card_has_no_more_pictures_than_there_are(pictures):

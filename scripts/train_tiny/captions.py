@@ -205,18 +205,23 @@ def sign_phrase(sign: Sign, rng: random.Random) -> str:
     )
 
 
+def named(place: str, alone: bool, rng: random.Random) -> bool:
+    """Whether a place is said: what stands alone, and nothing is said of where, stands in the middle."""
+    return rng.random() < (0.85 if not alone else 0.3 if place == "center" else 1)
+
+
 def subjects(scene: Scene, rng: random.Random, full: bool) -> str:
     """Every object and the sign, joined into one phrase."""
     parts = []
     alone = len(scene.things) + (scene.sign is not None) == 1
     for thing in scene.things:
         phrase = thing_phrase(thing, rng, full)
-        if full or rng.random() < (0.3 if alone and thing.place == "center" else 0.85):
+        if full or named(thing.place, alone, rng):
             phrase += " " + rng.choice(PLACE[thing.place])
         parts.append(phrase)
     if scene.sign is not None:
         phrase = sign_phrase(scene.sign, rng)
-        if full or rng.random() < 0.7:
+        if full or named(scene.sign.place, alone, rng):
             phrase += " " + rng.choice(PLACE[scene.sign.place])
         parts.append(phrase)
     rng.shuffle(parts)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import language, latents, tokenizer
 from .captions import caption, rich
-from .layout import STRESS, Teller, around, layout
+from .layout import Teller, around, layout
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import reporter
 from .scenes import Scene, random_scene
@@ -36,6 +36,10 @@ SHARES = {(24, 32): 6.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
 
 SHIFT = 6.0
 """How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided there."""
+
+STRESS = 5.0
+"""How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
+their shapes a part of that, while a prompt is mostly about them."""
 
 TOLD_AFTER = 1
 """The single-stream block after which :class:`Teller` is asked."""
@@ -60,10 +64,10 @@ DECIDED = 0.8
 """The noise level below which a single token shows whether it is a thing's. Above it the network has to choose where things go,
 which it cannot learn from tokens that were chosen for it: it would see things everywhere."""
 
-WHOLE, PLACES = Look(), Look(above=DECIDED)
+WHOLE, PLACES, WORDS = Look(), Look(above=DECIDED), Look(signs=True, above=DECIDED)
 THINGS, SIGNS = Look(0.375, below=DECIDED), Look(0.125, signs=True, below=DECIDED)
-"""A letter is drawn on two of a picture's 256 tokens, and three pictures in four have none: looked at alone, there are ten
-times as many in the same time."""
+"""Three pictures in four have no sign, and a letter is one of a picture's 256 tokens: looked at alone, there are ten times as many
+in the same time. Below that noise level a letter shows already; that it is to be read from the prompt is learnt above it."""
 
 MAX_GUIDANCE = 10.0
 
@@ -120,7 +124,7 @@ class Samples(IterableDataset[Batch]):
         self.tokens = TOKENS_PER_BATCH[run.device]
         self.paths = {b: latents.path_of(run, b) for b in shares}
         self.signed = {
-            b: [i for i in range(len(rows)) if scene_of(b, i).sign] if SIGNS in looks else []
+            b: [i for i in range(len(rows)) if scene_of(b, i).sign] if any(look.signs for look in looks) else []
             for b, rows in self.rows().items()
         }
 
@@ -188,6 +192,16 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
         yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
 
 
+def stress(kind: Tensor, sigma: Tensor) -> Tensor:
+    """What the error on each token counts, [B, N]: of things and signs more than of the landscape. Where noise leaves open where
+    they are, of every token as much more as the other pictures have something there: counting a thing more than its absence
+    would teach that there is one where there only may be (the weighted error is least at :data:`STRESS` times the odds)."""
+    there = (kind > 0).float()
+    others = there.sum(0) - there
+    often = others / others.amax(1, keepdim=True).clamp(min=1)
+    return 1 + (STRESS - 1) * torch.where(sigma[:, None] > DECIDED, often, there)
+
+
 def flow_loss(
     model: Flux2Transformer2DModel,
     text: Tensor,
@@ -203,8 +217,8 @@ def flow_loss(
 ) -> Tensor:
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
-    weight = 1 + (STRESS - 1) * (kind > 0)
-    told = model.teller(hidden[TOLD_AFTER], kind, pose, letters, outline)
+    weight = stress(kind, sigma)
+    told = model.teller(hidden[TOLD_AFTER], weight, kind, pose, letters, outline)
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 
@@ -219,8 +233,8 @@ def train_things(run: Run) -> None:
 
 
 def train_flow(run: Run) -> None:
-    """Whole pictures, where things go, around things alone and signs alone in turn."""
-    train_on(run, shares(run), (WHOLE, PLACES, THINGS, SIGNS))
+    """Whole pictures, where things go and what signs say, around things alone and signs alone in turn."""
+    train_on(run, shares(run), (WHOLE, WHOLE, PLACES, WORDS, THINGS, SIGNS))
 
 
 def train_on(run: Run, sizes: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:

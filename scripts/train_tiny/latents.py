@@ -22,12 +22,9 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from . import autoencoder
-from .render import render
+from .render import TOKEN, render
 from .scenes import random_scene
 from .trainer import Run
-
-TOKEN = 32
-"""Pixels along one side of a transformer token."""
 
 BUCKETS = {  # (height, width) in tokens: pictures, first seed
     (8, 8): (40_000, 2_000_000),

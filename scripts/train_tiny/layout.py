@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .latents import TOKEN
 from .network import CONFIG
-from .render import CELL, spots
+from .render import CELL, TOKEN, spots
 from .scenes import KINDS, Scene, Sign
 
 SIGN = len(KINDS) + 1
@@ -18,10 +17,6 @@ SIGN = len(KINDS) + 1
 LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
-
-STRESS = 5.0
-"""How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
-their shapes a part of that, while a prompt is mostly about them."""
 
 
 class Teller(nn.Module):
@@ -34,12 +29,13 @@ class Teller(nn.Module):
         self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
         self.outline = nn.Linear(width, CELLS * CELLS)
 
-    def forward(self, hidden: Tensor, kind: Tensor, pose: Tensor, letters: Tensor, outline: Tensor) -> Tensor:
-        """How wrong it is; arguments after ``hidden`` as of :func:`layout`."""
+    def forward(
+        self, hidden: Tensor, weight: Tensor, kind: Tensor, pose: Tensor, letters: Tensor, outline: Tensor
+    ) -> Tensor:
+        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], the others are as of :func:`layout`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
         k, p, a, b = self.layer(hidden).split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
         there = (kind > 0).float()
-        weight = 1 + (STRESS - 1) * there
         wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
         away = (there * (p - pose).square().mean(-1)).sum() / there.sum().clamp(min=1)
         board = (kind == SIGN).float()

@@ -55,13 +55,9 @@ GLYPHS: dict[str, list[list[Point]]] = {
     "-": [[(0.6, 3), (3.4, 3)]],
 }  # fmt: skip
 
-ADVANCE = 5.6
-"""Distance from one glyph's left edge to the next, in grid units."""
-
-
-def word_width(word: str) -> float:
-    """Width of ``word`` in grid units (a glyph is 4 wide and 6 high)."""
-    return ADVANCE * len(word) - (ADVANCE - 4)
+ADVANCE = 7.0
+"""Distance from one glyph's left edge to the next, in grid units: as much as a glyph is high with its stroke, so that its cell is
+a square."""
 
 
 def draw_word(

@@ -1,20 +1,22 @@
 """Scene -> picture. Everything is drawn here, with gradients, polygons and ellipses; no picture is read from anywhere.
 
 Drawn at twice the size and averaged down, so edges are smooth at any resolution. Lengths are fractions of the shorter
-side, so that a scene looks alike at every size and aspect ratio.
+side, so that a scene looks alike at every size and aspect ratio. Whatever stands somewhere stands on a grid of the
+transformer's tokens, and a letter fills one: what a small network has to learn of a shape is then one set of tokens, not
+one for every shift by a pixel.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .lettering import ADVANCE, draw_word, word_width
+from .lettering import ADVANCE, draw_word
 from .scenes import Scene, Sign, Thing
 
 RGB = tuple[int, int, int]
@@ -48,8 +50,15 @@ PAINT: dict[str, RGB] = {
     "white": (246, 246, 246),
 }
 HEIGHT = {"small": 0.15, "medium": 0.25, "large": 0.38}  # of the shorter side
+DEPTH = {"small": 0.30, "medium": 0.30, "large": 0.42}  # of the ground, where a thing's foot is
 PLACE = {"left": 0.21, "center": 0.5, "right": 0.79}  # of the width
 SUPERSAMPLE = 2
+TOKEN = 32
+"""Pixels along one side of a transformer token."""
+
+
+PUFFS = ((-1.6, -0.02, 0.6), (-0.75, -0.3, 0.85), (0.1, -0.4, 0.95), (0.9, -0.2, 0.8), (1.65, 0.0, 0.58))
+"""A cloud: x and y of its discs and their radii, in sizes."""
 
 
 def mix(a: RGB, b: RGB, t: float) -> RGB:
@@ -58,20 +67,33 @@ def mix(a: RGB, b: RGB, t: float) -> RGB:
 
 
 class Painter:
-    """A canvas with the light of one scene. Coordinates are canvas pixels; ``u`` is the shorter side."""
+    """A canvas with the light of one scene. Coordinates are canvas pixels; ``u`` is the shorter side, ``grid`` the step of
+    places: a token of ``token`` pixels, or a sixteenth of the shorter side where that is less."""
 
-    def __init__(self, scene: Scene, width: int, height: int) -> None:
+    def __init__(self, scene: Scene, width: int, height: int, token: float = TOKEN) -> None:
         self.scene = scene
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         self.u = min(self.w, self.h)
+        self.grid = min(token * SUPERSAMPLE, self.u / 16)
         self.rng = random.Random(scene.seed)
-        self.horizon = self.h * self.rng.uniform(0.55, 0.61)
+        self.horizon = self.snap(self.h * 0.58)
+        self.earth: list[RGB] = []
         ambient = np.array(AMBIENT[scene.time])
         if scene.weather in ("rain", "snow"):
             ambient = ambient * 0.9
         self.ambient = ambient
         self.image = Image.new("RGB", (self.w, self.h))
         self.draw = ImageDraw.Draw(self.image)
+
+    def snap(self, place: float) -> float:
+        """The nearest line of the grid."""
+        return math.floor(place / self.grid + 0.5) * self.grid
+
+    def cells(self, bottom: float) -> Iterator[tuple[float, float]]:
+        """Top left corners of all of the grid's cells above ``bottom``."""
+        for row in range(math.ceil(bottom / self.grid)):
+            for column in range(math.ceil(self.w / self.grid)):
+                yield column * self.grid, row * self.grid
 
     def lit(self, colour: RGB, shade: float = 1.0) -> RGB:
         """``colour`` under the scene's light, times ``shade``."""
@@ -119,28 +141,28 @@ class Painter:
         if s.orb:
             self.orb()
         if s.weather in ("cloudy", "rain", "snow"):
-            self.clouds(self.rng.randint(4, 6))
+            self.clouds(4)
         elif self.rng.random() < 0.4:
-            self.clouds(self.rng.randint(1, 2))
+            self.clouds(1)
 
     def stars(self) -> None:
-        for _ in range(self.rng.randint(25, 45)):
-            x, y = self.rng.uniform(0, self.w), self.rng.uniform(0, self.horizon * 0.85)
-            r = self.u * self.rng.uniform(0.0022, 0.0045)
-            self.disc(x, y, r, mix(SKIES["night"][0], (255, 255, 240), self.rng.uniform(0.6, 1.0)))
+        for x, y in self.cells(self.horizon * 0.8):
+            if self.rng.random() < 0.25:
+                dx, dy = self.rng.choice(((0.3, 0.35), (0.7, 0.6)))
+                self.disc(x + dx * self.grid, y + dy * self.grid, self.u * 0.0036, (226, 228, 220))
 
     def orb(self) -> None:
         s = self.scene
-        x = self.w * self.rng.uniform(0.12, 0.88)
+        x = self.snap(self.w * self.rng.uniform(0.12, 0.88))
         if s.time == "night":
-            y, r = self.horizon * self.rng.uniform(0.15, 0.4), self.u * 0.055
+            y, r = self.snap(self.horizon * 0.28), self.u * 0.055
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
             self.disc(x, y, r, (240, 240, 222))
             for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
                 self.disc(x + dx * r, y + dy * r, k * r, (216, 216, 200))
             return
         low = s.time in ("dawn", "dusk")
-        y = self.horizon * (self.rng.uniform(0.72, 0.86) if low else self.rng.uniform(0.15, 0.35))
+        y = self.snap(self.horizon * (0.79 if low else 0.25))
         r = self.u * (0.075 if low else 0.06)
         colour: RGB = {"day": (255, 244, 190), "dawn": (255, 226, 178), "dusk": (255, 196, 96)}[s.time]  # type: ignore[assignment]
         self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
@@ -152,16 +174,12 @@ class Painter:
         if s.weather in ("rain", "snow"):
             base = mix(base, (120, 126, 138) if s.time != "night" else (34, 38, 52), 0.6)
         for i in range(count):
-            x = self.w * ((i + self.rng.uniform(0.1, 0.9)) / count)
-            y = self.horizon * self.rng.uniform(0.12, 0.55)
-            size = self.u * self.rng.uniform(0.05, 0.085)
-            puffs = [
-                (self.rng.uniform(-1.9, 1.9), self.rng.uniform(-0.45, 0.05), self.rng.uniform(0.55, 0.95))
-                for _ in range(5)
-            ]
+            x = self.snap(self.w * ((i + self.rng.uniform(0.1, 0.9)) / count))
+            y = self.snap(self.horizon * self.rng.uniform(0.15, 0.5))
+            size = self.u * 0.058
             for shade, drop in ((0.9, 0.22), (1.0, 0.0)):
                 colour = tuple(int(c * shade) for c in base)
-                for dx, dy, k in puffs:
+                for dx, dy, k in PUFFS:
                     self.disc(x + dx * size, y + (dy + drop) * size, k * size, colour, k * size * 0.62)  # type: ignore[arg-type]
 
     def backdrop(self) -> None:
@@ -174,7 +192,7 @@ class Painter:
             for k, shade in ((0.5, 0.45), (0.3, 0.2)):
                 colour = mix(self.lit(green), haze, shade)
                 for i in range(-1, 4):
-                    x = self.w * (i + self.rng.uniform(0.2, 0.8)) / 3
+                    x = self.snap(self.w * (i + self.rng.uniform(0.2, 0.8)) / 3)
                     self.disc(x, self.horizon + self.u * 0.02, self.w * 0.3, colour, self.u * 0.3 * k)
         elif kind == "city":
             self.city(haze)
@@ -183,9 +201,9 @@ class Painter:
         for base, count, shade in ((0.30, 3, 0.5), (0.19, 4, 0.25)):
             rock = mix(self.lit((98, 104, 128)), haze, shade)
             for i in range(count):
-                x = self.w * (i + self.rng.uniform(0.2, 0.8)) / count
-                height = self.u * base * self.rng.uniform(0.75, 1.1)
-                half = height * self.rng.uniform(0.9, 1.25)
+                x = self.snap(self.w * (i + self.rng.uniform(0.2, 0.8)) / count)
+                height = self.u * base * self.rng.choice((0.8, 1.05))
+                half = height * 1.1
                 y = self.horizon + 2
                 self.poly([(x - half, y), (x, y - height), (x + half, y)], rock)
                 self.poly([(x, y - height), (x + half, y), (x + half * 0.2, y)], mix(rock, (30, 34, 60), 0.18))
@@ -204,54 +222,50 @@ class Painter:
                     )
 
     def city(self, haze: RGB) -> None:
-        x = -self.u * 0.02
         lights = self.scene.time in ("night", "dusk")
-        while x < self.w:
-            width = self.u * self.rng.uniform(0.06, 0.11)
-            height = self.u * self.rng.uniform(0.10, 0.27)
-            wall = mix(self.lit((110, 116, 138)), haze, self.rng.uniform(0.15, 0.4))
-            top = self.horizon - height
-            self.rect(x, top, x + width, self.horizon + 2, wall)
-            cell = width / 4
-            y = top + cell
-            while y < self.horizon - cell:
+        width = self.grid * max(1, round(self.u * 0.085 / self.grid))
+        cell = width / 3
+        for i in range(math.ceil(self.w / width)):
+            if self.rng.random() < 0.15:
+                continue
+            x, top = i * width, self.horizon - self.snap(self.u * self.rng.choice((0.125, 0.1875, 0.25)))
+            wall = mix(self.lit((110, 116, 138)), haze, self.rng.choice((0.18, 0.36)))
+            self.rect(x, top, x + width - 1, self.horizon + 2, wall)
+            for row in range(round((self.horizon - top) / cell)):
                 for k in range(3):
-                    on = self.rng.random() < 0.55
-                    pane = (255, 224, 140) if lights and on else mix(wall, (40, 46, 70), 0.35)
-                    self.rect(x + cell * (k + 0.7), y, x + cell * (k + 1.2), y + cell * 0.6, pane)
-                y += cell * 1.25
-            x += width * self.rng.uniform(1.0, 1.2)
+                    on = lights and (k + 2 * row) % 3
+                    pane = (255, 224, 140) if on else mix(wall, (40, 46, 70), 0.35)
+                    left, upper = x + cell * (k + 0.28), top + cell * (row + 0.3)
+                    self.rect(left, upper, left + cell * 0.42, upper + cell * 0.5, pane)
 
     def ground(self) -> None:
         s = self.scene
         near = self.lit(GROUND[s.ground])
         far = mix(near, SKIES[s.time][1], 0.45 if s.ground != "sea" else 0.55)
         self.gradient(self.horizon, self.h, [far, mix(far, near, 0.7), near])
-        if s.ground == "sea":
-            for i in range(9):
-                y = self.horizon + (self.h - self.horizon) * ((i + 0.6) / 9) ** 1.4
-                for _ in range(3):
-                    x, length = self.rng.uniform(0, self.w), self.u * (0.03 + 0.012 * i)
+        self.earth = [self.image.getpixel((0, y)) for y in range(self.h)]  # type: ignore[misc]
+        for i in range(7):
+            y = self.horizon + (self.h - self.horizon) * (i + 0.5) / 7
+            if s.ground == "sea":
+                for _ in range(2):
+                    x = self.snap(self.rng.uniform(0, self.w))
                     crest = mix(self.pixel_row(y), (255, 255, 255), 0.28)
-                    self.disc(x, y, length, crest, self.u * (0.0022 + 0.0006 * i))
-        else:
-            tone = {"grass": (70, 130, 56), "sand": (206, 170, 110), "snow": (206, 216, 234)}[s.ground]
-            for i in range(7):
-                y = self.horizon + (self.h - self.horizon) * ((i + 0.7) / 7) ** 1.3
-                x, length = self.rng.uniform(0, self.w), self.u * self.rng.uniform(0.10, 0.2)
-                self.disc(x, y, length, mix(self.pixel_row(y), self.lit(tone), 0.35), self.u * (0.004 + 0.0022 * i))
+                    self.disc(x, y, self.u * (0.03 + 0.015 * i), crest, self.u * (0.0022 + 0.0008 * i))
+            else:
+                tone = {"grass": (70, 130, 56), "sand": (206, 170, 110), "snow": (206, 216, 234)}[s.ground]
+                x, colour = self.snap(self.rng.uniform(0, self.w)), mix(self.pixel_row(y), self.lit(tone), 0.35)
+                self.disc(x, y, self.u * 0.15, colour, self.u * (0.004 + 0.0022 * i))
 
     def pixel_row(self, y: float) -> RGB:
-        """The colour of the picture's left edge at height y (grounds vary only with y where nothing stands)."""
-        return self.image.getpixel((0, min(self.h - 1, int(y))))  # type: ignore[return-value]
+        """The ground's colour at height y; it varies with nothing else."""
+        return self.earth[min(self.h - 1, int(y))]
 
     def trees(self) -> None:
         if self.scene.trees == "none":
             return
-        for i in range(self.rng.randint(3, 5)):
-            x = self.w * self.rng.uniform(0.03, 0.97)
-            y = self.horizon + self.u * (0.015 + 0.02 * i)
-            size = self.u * self.rng.uniform(0.13, 0.18)
+        columns = range(1, round(self.w / self.grid))
+        for column in self.rng.sample(columns, self.rng.randint(3, 5)):
+            x, y, size = column * self.grid, self.horizon + self.u * 0.03, self.u * 0.16
             self.rect(x - size * 0.06, y - size * 0.4, x + size * 0.06, y, self.lit((112, 78, 52)))
             leaf = (54, 120, 62) if self.scene.trees == "round" else (36, 96, 72)
             if self.scene.ground == "snow":
@@ -269,16 +283,16 @@ class Painter:
 
     def falling(self) -> None:
         s = self.scene
-        if s.weather == "rain":
-            colour = (168, 184, 206) if s.time != "night" else (92, 108, 144)
-            for _ in range(110):
-                x, y = self.rng.uniform(0, self.w * 1.1), self.rng.uniform(0, self.h)
-                d = self.u * 0.022
+        if s.weather not in ("rain", "snow"):
+            return
+        for x, y in self.cells(self.h):
+            dx, dy = self.rng.choice(((0.35, 0.2), (0.75, 0.6)))
+            x, y = x + dx * self.grid, y + dy * self.grid
+            if s.weather == "rain":
+                colour, d = (168, 184, 206) if s.time != "night" else (92, 108, 144), self.u * 0.022
                 self.draw.line((x, y, x - d * 0.35, y + d), fill=colour, width=max(1, round(self.u * 0.0028)))
-        elif s.weather == "snow":
-            for _ in range(110):
-                x, y = self.rng.uniform(0, self.w), self.rng.uniform(0, self.h)
-                self.disc(x, y, self.u * self.rng.uniform(0.004, 0.0075), self.lit((255, 255, 255), 1.1))
+            else:
+                self.disc(x, y, self.u * 0.0062, self.lit((255, 255, 255), 1.1))
 
     # ---- things ----
 
@@ -290,14 +304,10 @@ class Painter:
         self.trees()
 
     def stand(self, thing: Thing) -> tuple[float, float, float]:
-        """Choose where a thing stands: x of its middle, y of its foot, and its size."""
-        size = self.u * HEIGHT[thing.size] * self.rng.uniform(0.94, 1.06)
-        x = self.w * (PLACE[thing.place] + self.rng.uniform(-0.03, 0.03))
-        depth = 0.42 if thing.size == "large" else 0.30
-        y = self.horizon + (self.h - self.horizon) * (depth + self.rng.uniform(-0.04, 0.06))
-        if thing.kind == "balloon":
-            y = self.horizon * self.rng.uniform(0.72, 0.84)
-        return x, y, size
+        """Where a thing stands: x of its middle, y of its foot, and its size."""
+        foot = self.horizon + (self.h - self.horizon) * DEPTH[thing.size]
+        y = self.snap(self.horizon * 0.78 if thing.kind == "balloon" else foot)
+        return self.snap(self.w * PLACE[thing.place]), y, self.u * HEIGHT[thing.size]
 
     def thing(self, thing: Thing) -> None:
         x, y, size = self.stand(thing)
@@ -320,38 +330,35 @@ class Painter:
         dark = self.scene.time in ("night", "dusk")
         self.rect(x0, y0, x1, y1, (255, 226, 136) if dark else self.lit((150, 196, 226)))
 
-    def board(self, sign: Sign) -> tuple[float, float, float, float]:
-        """Choose where a sign stands: x of its middle, y of its foot; its grid unit and half its width."""
-        unit, half, x = lettered(sign, self.w, self.u)
-        x += self.w * self.rng.uniform(-0.02, 0.02)
-        y = self.horizon + (self.h - self.horizon) * (0.36 + self.rng.uniform(-0.03, 0.05))
-        return min(max(x, half + unit), self.w - half - unit), y, unit, half
+    def board(self, sign: Sign) -> tuple[float, float, float]:
+        """Where a sign stands: the left edge and the foot of its first letter, and a letter's cell, all on the grid."""
+        cell = letter_side(self.u, self.grid)
+        left = self.snap(self.w * PLACE[sign.place] - len(sign.word) * cell / 2)
+        foot = self.snap(self.horizon + (self.h - self.horizon) * 0.36)
+        return min(max(left, 0), self.w - len(sign.word) * cell), foot - cell, cell
 
     def sign(self, sign: Sign) -> None:
-        """A board on two posts; its letters are 1/15 of the shorter side high, less for long words."""
-        x, y, unit, half = self.board(sign)
-        tall = unit * 10
-        bottom = y - unit * 7
+        """A board on two posts."""
+        left, bottom, cell = self.board(sign)
+        unit, half = cell / ADVANCE, len(sign.word) * cell / 2
+        x, y = left + half, bottom + cell
+        box = (left - unit, bottom - cell - 2 * unit, left + 2 * half + unit, bottom + 2 * unit)
         if self.scene.ground == "sea":
             self.disc(x, y, half * 0.9, self.lit((222, 196, 140)), unit * 2)
         for dx in (-0.55, 0.55):
-            self.rect(x + dx * half - unit * 0.7, bottom - unit, x + dx * half + unit * 0.7, y, self.lit((104, 70, 44)))
-        self.draw.rounded_rectangle((x - half, bottom - tall, x + half, bottom), unit * 1.2, self.lit((120, 82, 50)))
+            self.rect(x + dx * half - unit * 0.7, bottom, x + dx * half + unit * 0.7, y, self.lit((104, 70, 44)))
+        self.draw.rounded_rectangle(box, unit * 1.2, self.lit((120, 82, 50)))
         inset = unit * 0.7
         board = mix(self.lit((236, 208, 160)), (236, 208, 160), 0.5)
-        self.draw.rounded_rectangle(
-            (x - half + inset, bottom - tall + inset, x + half - inset, bottom - inset), unit, board
-        )
-        draw_word(
-            self.draw, sign.word, x - word_width(sign.word) * unit / 2, bottom - tall / 2 - unit * 3, unit, (44, 28, 20)
-        )
+        inner = (box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset)
+        self.draw.rounded_rectangle(inner, unit, board)
+        first = left + (ADVANCE - 4) / 2 * unit
+        draw_word(self.draw, sign.word, first, bottom - cell + unit / 2, unit, (44, 28, 20))
 
 
-def lettered(sign: Sign, width: float, u: float) -> tuple[float, float, float]:
-    """A sign's grid unit, half its width and its middle, all in pixels."""
-    room = (0.30 if sign.place == "center" else 0.34) * width
-    unit = min(u * 0.0135, room / (word_width(sign.word) + 3))
-    return unit, unit * (word_width(sign.word) + 3) / 2, width * PLACE[sign.place]
+def letter_side(u: float, grid: float) -> float:
+    """The side of a letter's cell: a sixteenth of the shorter side, in whole steps of the grid."""
+    return grid * max(1, math.floor(u / 16 / grid + 1e-6))
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
@@ -648,14 +655,14 @@ class Spot:
 def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     """Where :func:`render` puts the scene's things and its sign. Chance falls alike at every size, so a picture of an
     eighth of the size tells it in half a millisecond."""
-    p = Outliner(scene, width // CELL, height // CELL)
+    p = Outliner(scene, width // CELL, height // CELL, TOKEN / CELL)
     p.landscape()
     scale = CELL / SUPERSAMPLE
     found = []
     if scene.sign is not None:
-        x, y, unit, half = p.board(scene.sign)
-        word = (x - word_width(scene.sign.word) * unit / 2, y - 15 * unit, ADVANCE * unit, 6 * unit)
-        box = (x - half, y - 17 * unit, x + half, y)
+        left, bottom, cell = p.board(scene.sign)
+        word = (left, bottom - cell, cell, cell)
+        box = (left, bottom - cell, left + len(scene.sign.word) * cell, bottom + cell)
         found.append(Spot(scene.sign, *(v * scale for v in box), tuple(v * scale for v in word)))  # type: ignore[arg-type]
     for thing in scene.things:
         x, y, size = p.stand(thing)
@@ -676,9 +683,9 @@ def render(scene: Scene, width: int, height: int) -> Image.Image:
     """
     p = Painter(scene, width, height)
     p.landscape()
+    p.falling()
     if scene.sign is not None:
         p.sign(scene.sign)
     for thing in scene.things:
         p.thing(thing)
-    p.falling()
     return p.image.reduce(SUPERSAMPLE)

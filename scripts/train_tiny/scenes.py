@@ -208,7 +208,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. ``seed`` fixes what no word names: cloud shapes, exact positions, window lights."""
+    """Everything a picture shows. ``seed`` fixes what no word names: where clouds, stars, peaks, buildings and trees are."""
 
     time: str
     weather: str
@@ -245,7 +245,7 @@ def random_thing(rng: random.Random, place: str, ground: str, crowded: bool) -> 
 def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
     """Draw a scene. ``signs`` is the share of scenes with a sign."""
     ground = rng.choice(GROUNDS)
-    weather = rng.choices(WEATHERS, (5, 3, 1, 1))[0]
+    weather = rng.choices(WEATHERS, (4, 3, 2, 2))[0]
     places = list(PLACES)
     sign = None
     if rng.random() < signs:
