@@ -17,15 +17,15 @@ def test_the_autoencoder_keeps_what_it_is_given():
 
 @pytest.mark.parametrize("variant", ["turbo", "flash"])
 def test_pictures_follow_their_prompts(variant):
-    """Twelve held-out prompts; guessing gets about 25 % of times and grounds right and 12 % of colours."""
+    """Twelve held-out prompts, three of them with a sign; guessing gets a quarter of times and grounds right, an eighth of colours, a
+    fourteenth of objects and a letter in twenty-six."""
     scenes = judge.held_out_scenes(12)
     made = quality.generate(
         quality.Contender(variant, "regular"), quality.prompts(scenes), (512, 512), range(12), "tiny"
     )
     score = judge.score(judge.load(), scenes, [picture for picture, _ in made])
-    assert score["time"] >= 75, score
-    assert score["ground"] >= 75, score
-    assert score["colour"] >= 40, score
+    assert min(score[name] for name in ("time", "ground", "place", "colour", "object")) >= 75, score
+    assert score["letters"] >= 60, score
 
 
 def test_one_object_is_told_from_two():

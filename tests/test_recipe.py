@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
-from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, steps
+from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, sample, steps
 from scripts.train_tiny.captions import caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
@@ -267,6 +267,12 @@ def test_where_noise_leaves_open_where_things_are_their_presence_counts_as_much_
     assert (weight[4, 10:20] == flow.STRESS).all() and (weight[4, 20:] == 1).all(), "as others have it"
     alone = flow.stress(kind[2:], sigma[2:])
     assert (alone[0] == 1).all(), "its own counts nothing"
+
+
+def test_guidance_does_nothing_in_strong_noise():
+    yes, no = torch.full((3, 2, 4), 2.0), torch.ones(3, 2, 4)
+    v = sample.guided(yes, no, torch.tensor([0.95, 0.9, 0.1]), torch.tensor([4.0, 4.0, 1.0]))
+    assert v[:, 0, 0].tolist() == [2.0, 5.0, 2.0]
 
 
 def test_a_batch_for_a_card_has_no_more_pictures_than_there_are(pictures):

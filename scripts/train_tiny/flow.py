@@ -2,7 +2,7 @@
 
 They are rectified flow (arXiv:2209.03003): x = (1-σ)·picture + σ·noise, the model predicts noise - picture; one prompt
 in ten is empty. ``guidance`` (arXiv:2210.03142) then teaches the same network to answer, for the guidance scale w on its
-guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of its teacher answers.
+guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of its teacher answers; in strong noise v(prompt).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import language, latents, tokenizer
 from .captions import caption, rich
 from .layout import Teller, around, layout
 from .network import TEXT_TOKENS, build, rotary, velocity
-from .sample import reporter
+from .sample import guided, reporter
 from .scenes import Scene, random_scene
 from .trainer import Run, Trainer, load_ema
 
@@ -37,7 +37,7 @@ SHARES = {(24, 32): 6.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
 SHIFT = 6.0
 """How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided there."""
 
-STRESS = 5.0
+STRESS = 3.0
 """How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
 their shapes a part of that, while a prompt is mostly about them."""
 
@@ -234,7 +234,7 @@ def train_things(run: Run) -> None:
 
 def train_flow(run: Run) -> None:
     """Whole pictures, where things go and what signs say, around things alone and signs alone in turn."""
-    train_on(run, shares(run), (WHOLE, WHOLE, PLACES, WORDS, THINGS, SIGNS))
+    train_on(run, shares(run), (WHOLE, WHOLE, WHOLE, PLACES, WORDS, THINGS, SIGNS))
 
 
 def train_on(run: Run, sizes: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
@@ -287,7 +287,7 @@ def train_guidance(run: Run) -> None:
                 one = torch.ones_like(sigma)
                 yes = ask(teacher, x, text, sigma, one, tables)
                 no = ask(teacher, x, empty.expand(len(x), -1, -1).contiguous(), sigma, one, tables)
-            yield x, text, sigma, w, no + w[:, None, None] * (yes - no), *tables
+            yield x, text, sigma, w, guided(yes, no, sigma, w), *tables
 
     def loss(x: Tensor, text: Tensor, sigma: Tensor, w: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
