@@ -671,17 +671,18 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     return found
 
 
-def render(scene: Scene, width: int, height: int) -> Image.Image:
+def render(scene: Scene, width: int, height: int, token: float = TOKEN) -> Image.Image:
     """Draw ``scene``. The same scene and size give the same pixels.
 
     Args:
         scene: what to show.
         width, height: size of the picture in pixels.
+        token: step of the grid in pixels, a token's side; less draws a small picture as a larger one's is.
 
     Returns:
         An RGB picture of exactly that size.
     """
-    p = Painter(scene, width, height)
+    p = Painter(scene, width, height, token)
     p.landscape()
     p.falling()
     if scene.sign is not None:
