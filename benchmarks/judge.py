@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word
-from scripts.train_tiny.render import TOKEN, letter_side, render
+from scripts.train_tiny.render import letter_side, render
 from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, answers, classes, random_scene
 from scripts.train_tiny.trainer import Run, Trainer, averaged
 
@@ -143,7 +143,7 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
     """The letters on the sign at ``place``: of all positions there, the one where ``length`` cells in a row look most like
     letters, each cell read as its likeliest letter. That the sign has ``length`` letters is told, not read."""
     width, height = picture.size
-    scale = UNIT * ADVANCE / letter_side(min(width, height), TOKEN)
+    scale = UNIT * ADVANCE / letter_side(min(width, height))
     grey = picture.convert("L").resize((round(width * scale), round(height * scale)), Image.Resampling.BOX)
     dark = 1 - torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
     masks = templates()

@@ -399,9 +399,10 @@ def test_the_teller_answers_every_question():
     assert (logits.argmax(-1) < torch.tensor(TOLD)).all()
 
 
-def test_signs_are_read_from_drawings():
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (320, 256), (1024, 768)])
+def test_signs_are_read_from_drawings(width, height):
     asked = [s for s in judge.held_out_scenes(60) if s.sign and len(s.sign.word) <= 5]
-    read = [judge.read_sign(render(s, 512, 512), len(s.sign.word), s.sign.place) for s in asked]
+    read = [judge.read_sign(render(s, width, height), len(s.sign.word), s.sign.place) for s in asked]
     assert len(asked) > 10
     assert sum(a == s.sign.word for a, s in zip(read, asked, strict=True)) >= 0.9 * len(asked)
 

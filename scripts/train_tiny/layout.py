@@ -68,10 +68,10 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
             if spot.outline is not None:
                 outline[i] |= spot.outline
             if isinstance(spot.what, Sign):
-                start, upper, advance, tall = (v / TOKEN for v in spot.letters)
-                row = int(upper + tall / 2)
+                start, upper, side = (v / TOKEN for v in spot.letters)
+                row = int(upper + side / 2)
                 for half in (0, 1):
-                    index = np.floor((x[0] - 0.25 + half / 2 - start) / advance).astype(int)
+                    index = np.floor((x[0] - 0.25 + half / 2 - start) / side).astype(int)
                     under = [ord(spot.what.word[n]) - 64 if 0 <= n < len(spot.what.word) else 0 for n in index]
                     letters[i, row, columns, half] = under
     cells = outline.reshape(len(scenes), height, CELLS, width, CELLS).transpose(0, 1, 3, 2, 4)

@@ -56,7 +56,6 @@ SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
 
-
 PUFFS = ((-1.6, -0.02, 0.6), (-0.75, -0.3, 0.85), (0.1, -0.4, 0.95), (0.9, -0.2, 0.8), (1.65, 0.0, 0.58))
 """A cloud: x and y of its discs and their radii, in sizes."""
 
@@ -68,13 +67,13 @@ def mix(a: RGB, b: RGB, t: float) -> RGB:
 
 class Painter:
     """A canvas with the light of one scene. Coordinates are canvas pixels; ``u`` is the shorter side, ``grid`` the step of
-    places: a token of ``token`` pixels, or a sixteenth of the shorter side where that is less."""
+    places."""
 
     def __init__(self, scene: Scene, width: int, height: int, token: float = TOKEN) -> None:
         self.scene = scene
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         self.u = min(self.w, self.h)
-        self.grid = min(token * SUPERSAMPLE, self.u / 16)
+        self.grid = grid_step(self.u, token * SUPERSAMPLE)
         self.rng = random.Random(scene.seed)
         self.horizon = self.snap(self.h * 0.58)
         self.earth: list[RGB] = []
@@ -356,9 +355,15 @@ class Painter:
         draw_word(self.draw, sign.word, first, bottom - cell + unit / 2, unit, (44, 28, 20))
 
 
-def letter_side(u: float, grid: float) -> float:
-    """The side of a letter's cell: a sixteenth of the shorter side, in whole steps of the grid."""
-    return grid * max(1, math.floor(u / 16 / grid + 1e-6))
+def grid_step(u: float, token: float = TOKEN) -> float:
+    """The step of places in a picture with the shorter side ``u``: a token, or a sixteenth of that side where it is less."""
+    return min(token, u / 16)
+
+
+def letter_side(u: float, token: float = TOKEN) -> float:
+    """The side of a letter's cell: a sixteenth of the shorter side ``u``, in whole steps of the grid."""
+    grid = grid_step(u, token)
+    return grid * math.floor(u / 16 / grid + 1e-6)
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
@@ -639,7 +644,7 @@ class Spot:
     """Where a thing or a sign lies in a picture, in pixels.
 
     Attributes:
-        letters: of a sign, left edge and top of its first letter, its letters' advance and height.
+        letters: of a sign, left edge and top of its first letter's cell, and the cell's side.
         outline: of a thing, which cells of the picture it covers, bool [height / CELL, width / CELL].
     """
 
@@ -648,7 +653,7 @@ class Spot:
     top: float
     right: float
     bottom: float
-    letters: tuple[float, float, float, float] = (0, 0, 0, 0)
+    letters: tuple[float, float, float] = (0, 0, 0)
     outline: np.ndarray | None = None
 
 
@@ -661,7 +666,7 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     found = []
     if scene.sign is not None:
         left, bottom, cell = p.board(scene.sign)
-        word = (left, bottom - cell, cell, cell)
+        word = (left, bottom - cell, cell)
         box = (left, bottom - cell, left + len(scene.sign.word) * cell, bottom + cell)
         found.append(Spot(scene.sign, *(v * scale for v in box), tuple(v * scale for v in word)))  # type: ignore[arg-type]
     for thing in scene.things:
