@@ -22,7 +22,7 @@ from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
 from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, sample, steps
-from scripts.train_tiny.captions import caption, rich
+from scripts.train_tiny.captions import WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, SUPERSAMPLE, TOKEN, Painter, render, spots
@@ -182,6 +182,13 @@ def test_a_place_is_left_unsaid_where_it_is_the_middle():
     assert len(unsaid) > 20 and {what.place for s in unsaid for what in (*s.things, s.sign) if what} == {"center"}
 
 
+def test_rain_and_snow_are_always_said():
+    wet = [s for s in scenes(200) if s.weather in ("rain", "snow")]
+    assert len(wet) > 40
+    for i, scene in enumerate(wet):
+        assert any(words in caption(scene, random.Random(i)) for words in WEATHER[scene.weather])
+
+
 def test_tokens_around_things_are_all_of_theirs_and_some_others():
     kind = layout.layout(scenes(40), (16, 16))[0]
     kept = layout.around(kind, 0.5)
@@ -197,10 +204,14 @@ def test_tokens_around_things_are_all_of_theirs_and_some_others():
 
 def test_a_hidden_state_that_knows_the_layout_tells_it():
     torch.manual_seed(0)
-    found = layout.layout([s for s in scenes(60) if s.sign and s.things][:4], (16, 16))
-    kind, pose, letters, outline = found
+    shown = [s for s in scenes(60) if s.sign and s.things][:4]
+    found = (layout.scenery(shown), *layout.layout(shown, (16, 16)))
+    whole, kind, pose, letters, outline = found
     assert outline.any()
-    hidden = torch.cat([F.one_hot(kind, layout.SIGN + 1), pose, F.one_hot(letters, 27).flatten(2), outline], -1)
+    everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)
+    hidden = torch.cat(
+        [everywhere, F.one_hot(kind, layout.SIGN + 1), pose, F.one_hot(letters, 27).flatten(2), outline], -1
+    )
     hidden = F.pad(hidden.float(), (0, 256 - hidden.shape[-1]))
     teller = layout.Teller()
     trainer = torch.optim.Adam(teller.parameters(), lr=0.03)
@@ -250,8 +261,8 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look
         )
     )
     count = flow.TOKENS_PER_BATCH["cpu"] // (round(look.share * 256) + network.TEXT_TOKENS)
-    assert text.shape[0] == count and rest[1].shape == (count, round(look.share * 256), 128)
-    assert not look.signs or (rest[3] == layout.SIGN).any(1).all(), "every picture has a sign, and it is computed"
+    assert text.shape[0] == count and rest[2].shape == (count, round(look.share * 256), 128)
+    assert not look.signs or (rest[4] == layout.SIGN).any(1).all(), "every picture has a sign, and it is computed"
     loss = flow.flow_loss(model, text, *rest)
     loss.backward()
     assert loss.isfinite()
@@ -320,7 +331,7 @@ def test_muon_fits_a_linear_map_and_treats_convolutions_as_matrices():
     torch.manual_seed(0)
     want, conv = torch.randn(16, 8, 3, 3), torch.nn.Conv2d(8, 16, 3, bias=False)
     optimizer = Muon(conv.parameters(), lr=0.05)
-    first = float((conv.weight - want).square().mean())
+    first = float((conv.weight - want).square().mean().detach())
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
         x = torch.randn(16, 8, 5, 5)

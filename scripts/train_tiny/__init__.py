@@ -2,6 +2,6 @@
 
     python -m scripts.train_tiny STAGE --work DIR [--minutes N]
 
-The stages, in order, are listed by ``--help`` and in ``stages.py``; each reads what the ones before it left in the
+The stages, in order, are listed by ``--help``; each reads what the ones before it left in the
 work folder, writes checkpoints as it goes, and goes on from them when it is started again.
 """

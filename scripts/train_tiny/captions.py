@@ -1,7 +1,7 @@
 """Scene -> words. Many wordings for the same thing, so that free prompts land near something the model has read.
 
 :func:`caption` leaves out what a prompt might leave out; :func:`rich` names everything, in the long style that prompt
-expansion writes. Both mention every object and every sign: what is named is there, what is there is named.
+expansion writes. Both mention every object, every sign, rain and snow: what is named is there, what is there is named.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
     details = []
     if rng.random() < keep + 0.1:
         details.append(rng.choice(TIME[scene.time]))
-    if rng.random() < (keep if scene.weather != "clear" else keep - 0.3):
+    if rng.random() < {"clear": keep - 0.3, "cloudy": keep}.get(scene.weather, 1):
         details.append(rng.choice(WEATHER[scene.weather]))
     if scene.backdrop != "none" and rng.random() < keep + 0.15:
         details.append(rng.choice(BACKDROP[scene.backdrop]))

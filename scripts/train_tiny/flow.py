@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import language, latents, tokenizer
 from .captions import caption, rich
-from .layout import Teller, around, layout
+from .layout import Teller, around, layout, scenery
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
 from .scenes import Scene, random_scene
@@ -31,8 +31,9 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
 SMALL, SQUARE = (8, 8), (16, 16)
-SHARES = {(24, 32): 6.0, (32, 24): 1.0, (18, 32): 0.7, (32, 18): 0.7}
-"""How often sizes other than the square of 512 come up, beside its 5."""
+SHARES = {SQUARE: 5.0, (24, 32): 4.0, (32, 24): 1.5, (18, 32): 1.5, (32, 18): 1.5, (32, 32): 2.0}
+OTHERS = 0.5
+"""How often the sizes come up: the presets', and each of the others, which stand for all between them."""
 
 SHIFT = 6.0
 """How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided there."""
@@ -103,6 +104,7 @@ class Batch:
 
     Attributes:
         latents: packed [B, N, 128], float16.
+        shown: what they show as a whole, of :func:`~scripts.train_tiny.layout.scenery`.
         found: what lies on their tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
         prompts: what they show, in words.
         size: height and width in tokens.
@@ -110,6 +112,7 @@ class Batch:
     """
 
     latents: Tensor
+    shown: Tensor
     found: tuple[Tensor, ...]
     prompts: list[str]
     size: tuple[int, int]
@@ -117,10 +120,13 @@ class Batch:
 
 
 class Samples(IterableDataset[Batch]):
-    """Endless batches. ``shares`` says how often each size comes up, ``looks`` what is computed, in turn by chance."""
+    """Endless batches. ``shares`` says how often each size comes up, ``looks`` what is computed, in turn by chance (of sizes
+    that are no preset's, whole pictures where there is such a look)."""
 
     def __init__(self, run: Run, shares: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
-        self.shares, self.looks = shares, looks
+        self.shares = shares
+        whole = [look for look in looks if look.share == 1] or looks  # a part is a shape of its own to compile
+        self.looks = {b: looks if b in SHARES else whole for b in shares}
         self.tokens = TOKENS_PER_BATCH[run.device]
         self.paths = {b: latents.path_of(run, b) for b in shares}
         self.signed = {
@@ -140,13 +146,13 @@ class Samples(IterableDataset[Batch]):
 
     def draw(self, rng: random.Random, size: tuple[int, int], rows: np.ndarray) -> Batch:
         """As many pictures of a size as a batch has tokens for; all that there are where those are fewer."""
-        look = rng.choice(self.looks)
+        look = rng.choice(self.looks[size])
         count = self.tokens // (round(look.share * rows.shape[1]) + TEXT_TOKENS)
         pool = (self.signed[size] if look.signs else ()) or range(len(rows))  # of a few pictures none may have a sign
         chosen = sorted(rng.sample(pool, min(count, len(pool))))
         scenes = [scene_of(size, i) for i in chosen]
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        return Batch(torch.from_numpy(rows[chosen]), layout(scenes, size), prompts, size, look)
+        return Batch(torch.from_numpy(rows[chosen]), scenery(scenes), layout(scenes, size), prompts, size, look)
 
 
 def scene_of(size: tuple[int, int], row: int) -> Scene:
@@ -174,10 +180,10 @@ def noised(x0: Tensor, look: Look = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
     return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
 
 
-def shares(run: Run) -> dict[tuple[int, int], float]:
-    """How often each picture size comes up: squares of 512 mostly, and every size whose latents are there."""
-    there = {b for b in latents.BUCKETS if latents.path_of(run, b).exists()} - {SMALL}
-    return {b: 5.0 if b == SQUARE else SHARES.get(b, 0.3) for b in latents.BUCKETS if b in there}
+def shares(run: Run, others: float = OTHERS) -> dict[tuple[int, int], float]:
+    """How often each picture size comes up, of those whose latents are there; ``others`` is what one that is no preset's does."""
+    there = [b for b in latents.BUCKETS if b != SMALL and latents.path_of(run, b).exists()]
+    return {b: SHARES.get(b, others) for b in there if b in SHARES or others}
 
 
 def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Samples) -> Iterator[tuple[Tensor, ...]]:
@@ -189,7 +195,13 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
         kept = around(found[0], batch.look.share)
         image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
         rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
-        yield text, sigma, *image, *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device))
+        yield (
+            text,
+            sigma,
+            batch.shown.to(run.device),
+            *image,
+            *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device)),
+        )
 
 
 def stress(kind: Tensor, sigma: Tensor) -> Tensor:
@@ -206,6 +218,7 @@ def flow_loss(
     model: Flux2Transformer2DModel,
     text: Tensor,
     sigma: Tensor,
+    shown: Tensor,
     x: Tensor,
     target: Tensor,
     kind: Tensor,
@@ -218,7 +231,7 @@ def flow_loss(
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
     weight = stress(kind, sigma)
-    told = model.teller(hidden[TOLD_AFTER], weight, kind, pose, letters, outline)
+    told = model.teller(hidden[TOLD_AFTER], weight, shown, kind, pose, letters, outline)
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 
@@ -278,7 +291,7 @@ def train_guidance(run: Run) -> None:
 
     def questions() -> Iterator[tuple[Tensor, ...]]:
         ask = run.compiled(velocity)
-        for batch in batches(run, Samples(run, shares(run))):
+        for batch in batches(run, Samples(run, shares(run, others=0))):  # twice as much to compile for each as flow has
             text = reader(said(batch.prompts, empty=0.05))
             x, sigma, _ = noised(batch.latents.to(run.device).float())
             tables = rotary(*batch.size, TEXT_TOKENS, run.device)

@@ -1,4 +1,5 @@
-"""What lies on which of a picture's tokens: what the transformer's error there counts, and what its middle must know of it."""
+"""What a picture shows, and what lies on which of its tokens: what the transformer's middle must know of it, and its error there
+counts by."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .network import CONFIG
 from .render import CELL, TOKEN, spots
-from .scenes import KINDS, Scene, Sign
+from .scenes import CLASSES, KINDS, Scene, Sign, answers
 
 SIGN = len(KINDS) + 1
 """The number of a sign among kinds; 0 is landscape."""
@@ -17,23 +18,40 @@ SIGN = len(KINDS) + 1
 LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
+SCENERY = [len(values) for values in CLASSES.values()]
+"""How many answers there are to what :func:`scenery` says, in turn."""
 
 
 class Teller(nn.Module):
-    """Tells from a hidden state in the middle of the network what lies on a token: nothing but landscape, a kind of thing
-    or a sign, where in it the token lies, the letters under its left and right half, and a thing's outline."""
+    """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token:
+    nothing but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, and
+    a thing's outline. In strong noise nothing shows yet, and the prompt must have been read to tell."""
 
     def __init__(self) -> None:
         super().__init__()
         width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
         self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
         self.outline = nn.Linear(width, CELLS * CELLS)
+        self.scenery = nn.Linear(width, sum(SCENERY))
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, kind: Tensor, pose: Tensor, letters: Tensor, outline: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        shown: Tensor,
+        kind: Tensor,
+        pose: Tensor,
+        letters: Tensor,
+        outline: Tensor,
     ) -> Tensor:
-        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], the others are as of :func:`layout`."""
+        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`scenery`, the others
+        are as of :func:`layout`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
+        views = self.scenery(hidden).transpose(1, 2).split(SCENERY, 1)
+        seen = sum(
+            F.cross_entropy(view, right[:, None].expand(-1, view.shape[2]))
+            for view, right in zip(views, shown.unbind(1), strict=True)
+        )
         k, p, a, b = self.layer(hidden).split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
         there = (kind > 0).float()
         wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
@@ -45,7 +63,12 @@ class Teller(nn.Module):
             (board * F.cross_entropy(x.transpose(1, 2), letters[..., i], reduction="none")).sum()
             for i, x in enumerate((a, b))
         ) / (2 * board.sum().clamp(min=1))
-        return wrong + away + spelt + shaped
+        return wrong + away + spelt + shaped + seen
+
+
+def scenery(scenes: list[Scene]) -> Tensor:
+    """Time, weather, ground, backdrop and trees of every scene as classes, [B, 5]."""
+    return torch.tensor([answers(scene)[: len(SCENERY)] for scene in scenes])
 
 
 def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

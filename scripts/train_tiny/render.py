@@ -288,8 +288,8 @@ class Painter:
             dx, dy = self.rng.choice(((0.35, 0.2), (0.75, 0.6)))
             x, y = x + dx * self.grid, y + dy * self.grid
             if s.weather == "rain":
-                colour, d = (168, 184, 206) if s.time != "night" else (92, 108, 144), self.u * 0.022
-                self.draw.line((x, y, x - d * 0.35, y + d), fill=colour, width=max(1, round(self.u * 0.0028)))
+                colour, d = self.lit((84, 102, 138)) if s.time != "night" else (98, 114, 150), self.u * 0.026
+                self.draw.line((x, y, x - d * 0.35, y + d), fill=colour, width=max(1, round(self.u * 0.0032)))
             else:
                 self.disc(x, y, self.u * 0.0062, self.lit((255, 255, 255), 1.1))
 
