@@ -1,14 +1,14 @@
 """How good the bundled model is, and what each variant and tier costs it.
 
-    python -m benchmarks.quality                     # 200 prompts, every variant and tier: eight minutes on two CPU cores
+    python -m benchmarks.quality                     # 200 prompts, every variant and tier: a quarter of an hour on two CPU cores
     python -m benchmarks.quality --prompts 24        # a first look
     python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
 judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once where a
-prompt names no place for it ("once", a third as many prompts more); and PSNR and SSIM of each tier against ``none`` on the
-same prompts and seeds. Writes a JSON file with the environment.
+prompt names no place for it ("once", a third as many prompts more); PSNR and SSIM of each tier against ``none`` on the
+same prompts and seeds; and adherence at other sizes, beside the ceiling there. Writes a JSON file with the environment.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ CONTENDERS = (
     Contender("turbo", "regular"),
     Contender("flash", "regular"),
 )
+
+EVERYDAY = CONTENDERS[1]
+"""What other sizes are measured with, and the sheet's rows are drawn with."""
+
+OTHER_SIZES = ((1024, 768), (768, 1024), (1024, 576), (576, 1024), (1024, 1024), (800, 608), (672, 928))
+"""Width and height in pixels: the presets but for the square of 512, and two between them that training never saw."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,25 @@ def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], 
         yield Score(str(contender), seconds, adherence(pictures), near, far)
 
 
+@dataclass(frozen=True)
+class AtSize:
+    """Adherence in percent per attribute at a size in pixels, of drawings and of generated pictures."""
+
+    width: int
+    height: int
+    ceiling: dict[str, float]
+    adherence: dict[str, float]
+
+
+def measure_sizes(sizes: Sequence[tuple[int, int]], count: int, model: str) -> Iterator[AtSize]:
+    """What :data:`EVERYDAY` reaches at other sizes, on the first ``count`` of the prompts."""
+    reader, scenes = judge.load(), judge.held_out_scenes(count)
+    words = prompts(scenes)
+    for size in sizes:
+        made = [picture for picture, _ in generate(EVERYDAY, words, size, range(count), model)]
+        yield AtSize(*size, judge.ceiling(reader, count, *size), judge.score(reader, scenes, made))
+
+
 def table(scores: Sequence[Score]) -> str:
     """The scores as a Markdown table."""
     names = list(scores[0].adherence)
@@ -156,6 +181,16 @@ def table(scores: Sequence[Score]) -> str:
             *(f"{score.adherence.get(name, float('nan')):.0f}" for name in names),
         ]
         lines.append(f"| {score.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def size_table(rows: Sequence[AtSize]) -> str:
+    """Adherence at other sizes as a Markdown table, each figure before its ceiling."""
+    names = list(rows[0].ceiling)
+    lines = ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [f"{row.adherence[name]:.0f} of {row.ceiling[name]:.0f}" for name in names]
+        lines.append(f"| {row.width}×{row.height} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -175,12 +210,17 @@ def card_table(result: Path) -> str:
     lines += ["| " + " | ".join([s.name, *(f"{s.adherence[name]:.0f}" for name in names)]) + " |" for s in scores]
     width, height = record["size"]
     about = f"{record['prompts']} prompts at {width}×{height}; autoencoder {record['autoencoder_psnr']:.1f} dB; `{result.name}`"
-    return "\n".join(lines) + f"\n\n{about}\n"
+    shown = "\n".join(lines) + f"\n\n{about}\n"
+    others = [AtSize(**row) for row in record.get("sizes", ())]  # older results have none
+    if others:
+        what = f"*{EVERYDAY}* at other sizes on a third of the prompts, before the ceiling there:"
+        shown += f"\n{what}\n\n{size_table(others)}\n"
+    return shown
 
 
 def sheet(path: Path, model: str, side: int = 256) -> None:
     """Variants × prompts on one picture, with the prompts above."""
-    rows = [Contender(v, "regular") for v in ("standard", "turbo", "flash")]
+    rows = [Contender(v, EVERYDAY.acceleration) for v in ("standard", "turbo", "flash")]
     head = 34
     page = Image.new("RGB", (side * len(PROMPTS), head + side * len(rows)), "white")
     draw = ImageDraw.Draw(page)
@@ -231,8 +271,14 @@ def main() -> None:
         scores.append(score)
         print(table(scores).splitlines()[-1], flush=True)
     record["scores"] = [asdict(score) for score in scores]
+    sizes = []
+    if EVERYDAY in chosen:
+        for row in measure_sizes(OTHER_SIZES, math.ceil(args.prompts / 3), args.model):
+            sizes.append(row)
+            print(size_table([row]).splitlines()[-1], flush=True)
+    record["sizes"] = [asdict(row) for row in sizes]
     path = environment.keep(record, "quality", args.out)
-    print(f"\n{table(scores)}\n\nwritten: {path}")
+    print("\n\n".join(["", table(scores), *([size_table(sizes)] if sizes else []), f"written: {path}"]))
 
 
 if __name__ == "__main__":

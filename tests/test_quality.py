@@ -40,6 +40,13 @@ def test_the_table_has_a_row_per_score():
     assert quality.table(scores).splitlines()[2:] == ["| a |  |  |  | 90 |", "| b | 1.50 | 30.0 | 0.9000 | 80 |"]
 
 
+def test_other_sizes_are_shown_before_their_ceiling():
+    rows = list(quality.measure_sizes([(640, 512)], 3, "tiny"))
+    assert (rows[0].width, rows[0].height) == (640, 512) and rows[0].adherence.keys() == rows[0].ceiling.keys()
+    shown = quality.AtSize(512, 256, {"time": 99.6, "size": 90.0}, {"time": 97.2, "size": 80.0})
+    assert quality.size_table([shown]).splitlines()[::2] == ["| | time | size |", "| 512×256 | 97 of 100 | 80 of 90 |"]
+
+
 def test_the_model_card_has_its_results_figures():
     shown = quality.CARD.read_text("utf-8").split(quality.BEGIN)[1].split(quality.END)[0]
     name = re.findall(r"`(quality-[^`]+\.json)`", shown)[0]

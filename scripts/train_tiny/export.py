@@ -35,8 +35,7 @@ def train(run: Run) -> None:
     fast = tokenizer.load(run.work)
     fast.save_pretrained(out / "tokenizer")
     torch.manual_seed(0)  # of the vision tower, which nothing trains: one export is like the next
-    text = language.build(fast)
-    load_ema(run.path("language.safetensors"), text)
+    text = language.load(run)
     half(text).save_pretrained(out / "text_encoder")
 
     net = network.build()

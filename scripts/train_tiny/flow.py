@@ -81,9 +81,7 @@ class Reader:
         self.tokenizer = tokenizer.load(run.work).backend_tokenizer
         self.tokenizer.enable_truncation(TEXT_TOKENS)
         self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
-        model = language.build(tokenizer.load(run.work))
-        load_ema(run.path("language.safetensors"), model)
-        self.model = model.model.language_model.to(run.device, torch.bfloat16).eval().requires_grad_(False)
+        self.model = language.load(run).model.language_model.to(run.device, torch.bfloat16).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:

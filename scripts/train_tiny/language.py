@@ -22,7 +22,7 @@ from .captions import caption, rich, short
 from .data import HELD_OUT_SEED
 from .network import TEXT_TOKENS
 from .scenes import PLACES, QUESTIONS, Scene, answers, classes, random_scene
-from .trainer import Run, Trainer, averaged
+from .trainer import Run, Trainer, averaged, load_ema
 
 LENGTH = 128
 BATCH = 64
@@ -69,6 +69,24 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneratio
         image_token_index=tokenizer.convert_tokens_to_ids("<unk>"),
     )
     return Mistral3ForConditionalGeneration(config)
+
+
+READ_AS = {"rains": "rain", "snows": "snowflakes"}
+"""Words that stand in one phrase alone ("while it …"), so that predicting text tells nothing of them apart: their embeddings had come
+to be one, and the transformer drew either. They have the embeddings of words that it can tell apart."""
+
+
+def load(run: Run) -> Mistral3ForConditionalGeneration:
+    """The trained model."""
+    fast = tokenizers_.load(run.work)
+    model = build(fast)
+    load_ema(run.path("language.safetensors"), model)
+    words, ids = model.get_input_embeddings().weight, fast.get_vocab()
+    with torch.no_grad():
+        for word, other in READ_AS.items():
+            if f"Ġ{word}" in ids and f"Ġ{other}" in ids:
+                words[ids[f"Ġ{word}"]] = words[ids[f"Ġ{other}"]]
+    return model
 
 
 TOLD = [*(len(classes(name)) for name, _ in QUESTIONS), len(PLACES) + 1, *[27] * 6]
