@@ -1,6 +1,6 @@
 """How good the bundled model is, and what each variant and tier costs it.
 
-    python -m benchmarks.quality                     # 200 prompts, every variant and tier: a quarter of an hour on two CPU cores
+    python -m benchmarks.quality                     # 200 prompts, every variant and tier: twelve minutes on two CPU cores
     python -m benchmarks.quality --prompts 24        # a first look
     python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
@@ -169,29 +169,34 @@ def measure_sizes(sizes: Sequence[tuple[int, int]], count: int, model: str) -> I
         yield AtSize(*size, judge.ceiling(reader, count, *size), judge.score(reader, scenes, made))
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def table(scores: Sequence[Score]) -> str:
     """The scores as a Markdown table."""
     names = list(scores[0].adherence)
-    lines = ["| | seconds | PSNR | SSIM | " + " | ".join(names) + " |", "|---" * (len(names) + 4) + "|"]
-    for score in scores:
-        cells = [
+    rows = [
+        [
+            score.name,
             f"{score.seconds:.2f}" if score.seconds else "",
             f"{score.psnr:.1f}" if score.psnr is not None else "",
             f"{score.ssim:.4f}" if score.ssim is not None else "",
             *(f"{score.adherence.get(name, float('nan')):.0f}" for name in names),
         ]
-        lines.append(f"| {score.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for score in scores
+    ]
+    return markdown(["", "seconds", "PSNR", "SSIM", *names], rows)
 
 
 def size_table(rows: Sequence[AtSize]) -> str:
     """Adherence at other sizes as a Markdown table, each figure before its ceiling."""
     names = list(rows[0].ceiling)
-    lines = ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-    for row in rows:
-        cells = [f"{row.adherence[name]:.0f} of {row.ceiling[name]:.0f}" for name in names]
-        lines.append(f"| {row.width}×{row.height} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [f"{row.width}×{row.height}", *(f"{row.adherence[name]:.0f} of {row.ceiling[name]:.0f}" for name in names)]
+        for row in rows
+    ]
+    return markdown(["", *names], cells)
 
 
 def write_card(result: Path, card: Path = CARD) -> None:
@@ -206,11 +211,10 @@ def card_table(result: Path) -> str:
     record = json.loads(result.read_text("utf-8"))
     scores = [Score(**row) for row in record["scores"]]
     names = list(scores[0].adherence)
-    lines = ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-    lines += ["| " + " | ".join([s.name, *(f"{s.adherence[name]:.0f}" for name in names)]) + " |" for s in scores]
+    shown = markdown(["", *names], [[s.name, *(f"{s.adherence[name]:.0f}" for name in names)] for s in scores])
     width, height = record["size"]
     about = f"{record['prompts']} prompts at {width}×{height}; autoencoder {record['autoencoder_psnr']:.1f} dB; `{result.name}`"
-    shown = "\n".join(lines) + f"\n\n{about}\n"
+    shown += f"\n\n{about}\n"
     others = [AtSize(**row) for row in record.get("sizes", ())]  # older results have none
     if others:
         what = f"*{EVERYDAY}* at other sizes on a third of the prompts, before the ceiling there:"

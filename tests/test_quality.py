@@ -44,7 +44,7 @@ def test_other_sizes_are_shown_before_their_ceiling():
     rows = list(quality.measure_sizes([(640, 512)], 3, "tiny"))
     assert (rows[0].width, rows[0].height) == (640, 512) and rows[0].adherence.keys() == rows[0].ceiling.keys()
     shown = quality.AtSize(512, 256, {"time": 99.6, "size": 90.0}, {"time": 97.2, "size": 80.0})
-    assert quality.size_table([shown]).splitlines()[::2] == ["| | time | size |", "| 512×256 | 97 of 100 | 80 of 90 |"]
+    assert quality.size_table([shown]).splitlines()[::2] == ["|  | time | size |", "| 512×256 | 97 of 100 | 80 of 90 |"]
 
 
 def test_the_model_card_has_its_results_figures():

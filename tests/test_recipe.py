@@ -7,6 +7,7 @@ import itertools
 import pickle
 import random
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,13 +22,13 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
-from scripts.train_tiny import autoencoder, flow, latents, layout, network, restore, sample, steps
+from scripts.train_tiny import autoencoder, flow, language, latents, layout, network, restore, sample, steps, tokenizer
 from scripts.train_tiny.captions import WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, SUPERSAMPLE, TOKEN, Painter, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
-from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal
+from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal, save_state
 
 
 def scenes(count, first=0):
@@ -400,6 +401,18 @@ def test_training_goes_on_from_an_exported_folder(tmp_path):
     load_ema(tmp_path / "turbo.safetensors", adapter)
     assert not any(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
     assert Reader(run)(["a red boat"]).shape == (1, network.TEXT_TOKENS, 384)
+
+
+def test_words_that_have_one_embedding_read_as_others(tmp_path):
+    shutil.copytree(judge.WEIGHTS.parents[1] / "flux2_local" / "tiny" / "tokenizer", tmp_path / "tokenizer")
+    fast = tokenizer.load(tmp_path)
+    built = language.build(fast)
+    save_state(tmp_path / "language.safetensors", {f"ema.{n}": p for n, p in built.named_parameters()}, {})
+    before, after = (m.get_input_embeddings().weight for m in (built, language.load(Run(tmp_path, minutes=1))))
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    ids = {word: fast.get_vocab()[f"Ġ{word}"] for pair in language.READ_AS.items() for word in pair}
+    assert changed == sorted(ids[word] for word in language.READ_AS)
+    assert all(torch.equal(after[ids[word]], before[ids[other]]) for word, other in language.READ_AS.items())
 
 
 def test_the_teller_answers_every_question():

@@ -1,5 +1,5 @@
-"""What a picture shows, and what lies on which of its tokens: what the transformer's middle must know of it, and its error there
-counts by."""
+"""What a picture shows as a whole, which the transformer's middle must know, and what lies on which of its tokens, by which its error
+counts too."""
 
 from __future__ import annotations
 
