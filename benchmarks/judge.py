@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scripts.train_tiny.captions import USUAL
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word
-from scripts.train_tiny.render import letter_side, render
-from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, answers, classes, random_scene
+from scripts.train_tiny.render import grid_step, render
+from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, Thing, answers, classes, random_scene
 from scripts.train_tiny.trainer import Run, Trainer, averaged
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -35,6 +36,11 @@ SIDE = 128
 """Pictures are read at SIDE×SIDE pixels, whatever their shape."""
 
 COUNTS = [len(classes(name)) for name, _ in QUESTIONS]
+SIZES = ((16, 16), (16, 16), (32, 24), (24, 32), (32, 18), (18, 32), (32, 32))
+"""The presets' width and height in tokens; 512², where most is measured, counts twice."""
+SHORTER = 256
+"""Pixels along the shorter side of the drawings."""
+
 SEED = 20_000_000
 """Drawings of the judge's training; apart from the recipe's and from the held-out ones."""
 
@@ -143,7 +149,7 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
     """The letters on the sign at ``place``: of all positions there, the one where ``length`` cells in a row look most like
     letters, each cell read as its likeliest letter. That the sign has ``length`` letters is told, not read."""
     width, height = picture.size
-    scale = UNIT * ADVANCE / letter_side(min(width, height))
+    scale = UNIT * ADVANCE / grid_step(min(width, height))
     grey = picture.convert("L").resize((round(width * scale), round(height * scale)), Image.Resampling.BOX)
     dark = 1 - torch.from_numpy(np.asarray(grey).copy()).float()[None, None] / 255
     masks = templates()
@@ -166,12 +172,13 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
 
 
 def draw(seed: int) -> tuple[np.ndarray, list[int]]:
-    """A small drawing of what pictures of 512 to 1024 pixels show: 16 to 32 tokens along the shorter side."""
+    """A small drawing of what a picture of a preset's size, or of any between, shows: 16 to 32 tokens along each side."""
     rng = random.Random(seed)
     scene = random_scene(rng)
-    width, height = rng.choice(((256, 256), (256, 256), (352, 264), (264, 352), (392, 224), (224, 392)))
-    across = rng.choice((16, 16, rng.randint(17, 32)))
-    picture = render(scene, width, height, min(width, height) / across).resize((SIDE, SIDE), Image.Resampling.BOX)
+    across, down = rng.choice((*SIZES, (rng.randint(16, 32), rng.randint(16, 32))))
+    token = SHORTER / min(across, down)
+    picture = render(scene, round(across * token), round(down * token), token)
+    picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(picture), answers(scene)
 
 
@@ -241,15 +248,26 @@ def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
 
 
 def lone_scenes(count: int) -> list[Scene]:
-    """The held-out scenes that show one object and nothing else."""
+    """Held-out scenes of one object and nothing else, as a prompt means it that does not say its colour, size and place."""
     alone = (s for s in held_out_scenes(10 * count + 100) if len(s.things) == 1 and s.sign is None)
-    return list(itertools.islice(alone, count))
+    return [
+        replace(s, things=(Thing(thing.kind, USUAL[thing.kind], "medium", "center"),))
+        for s in itertools.islice(alone, count)
+        for thing in s.things
+    ]
 
 
-def share_of_lone(judge: Judge, pictures: Sequence[Image.Image]) -> float:
-    """Percent of pictures in which exactly one object is seen."""
-    seen = [sum(kind != "none" for kind in reading.kind.values()) for reading in read(judge, pictures)]
-    return 100 * seen.count(1) / len(seen)
+def lone_score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Of :func:`lone_scenes`, percent of pictures in which exactly one object is seen ("once"), and of those in which it is the right
+    one in its usual colour ("unsaid")."""
+    readings = read(judge, pictures)
+    once = [sum(kind != "none" for kind in reading.kind.values()) == 1 for reading in readings]
+    usual = [
+        (reading.kind[thing.place], reading.colour[thing.place]) == (thing.kind, thing.colour)
+        for scene, reading in zip(scenes, readings, strict=True)
+        for thing in scene.things
+    ]
+    return {"once": 100 * sum(once) / len(once), "unsaid": 100 * sum(usual) / len(usual)}
 
 
 def ceiling(judge: Judge, count: int, width: int = 512, height: int = 512) -> dict[str, float]:

@@ -6,8 +6,9 @@
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
-judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once where a
-prompt names no place for it ("once", a third as many prompts more); PSNR and SSIM of each tier against ``none`` on the
+judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once, and as the
+right one of one colour, where a prompt says neither its colour nor its place ("once" and "unsaid", a third as many prompts
+more); PSNR and SSIM of each tier against ``none`` on the
 same prompts and seeds; and adherence at other sizes, beside the ceiling there. Writes a JSON file with the environment.
 """
 
@@ -93,9 +94,8 @@ def prompts(scenes: Sequence[Scene]) -> list[str]:
 
 
 def lone_prompts(scenes: Sequence[Scene]) -> list[str]:
-    """One prompt per scene of a single object that leaves its place to the model."""
-    named = ((scene, scene.things[0]) for scene in scenes)
-    return [f"{article(f'{t.colour} {t.kind}')} {GROUND[s.ground][0]} {TIME[s.time][0]}" for s, t in named]
+    """One prompt per scene of a single object that leaves its colour, size and place to the model."""
+    return [f"{article(s.things[0].kind)} {GROUND[s.ground][0]} {TIME[s.time][0]}" for s in scenes]
 
 
 def generate(
@@ -132,7 +132,7 @@ def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], 
     words = prompts(scenes) + lone_prompts(lone)
 
     def adherence(pictures: Sequence[Image.Image]) -> dict[str, float]:
-        return judge.score(reader, scenes, pictures[:count]) | {"once": judge.share_of_lone(reader, pictures[count:])}
+        return judge.score(reader, scenes, pictures[:count]) | judge.lone_score(reader, lone, pictures[count:])
 
     yield Score("drawings (the ceiling)", 0.0, adherence([render(s, *size) for s in [*scenes, *lone]]))
     first: list[np.ndarray] | None = None

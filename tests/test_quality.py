@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -28,11 +29,16 @@ def test_pictures_follow_their_prompts(variant):
     assert score["letters"] >= 60, score
 
 
-def test_one_object_is_told_from_two():
-    lone, two = judge.lone_scenes(12), [s for s in judge.held_out_scenes(60) if len(s.things) == 2][:12]
-    once, twice = (judge.share_of_lone(judge.load(), [render(s, 256, 256) for s in scenes]) for scenes in (lone, two))
-    assert once >= 90 and twice <= 10
-    assert quality.lone_prompts(lone[:1]) == ["a blue ball on the sand at night"]
+def test_one_object_is_told_from_two_and_its_usual_colour_from_others():
+    reader, lone = judge.load(), judge.lone_scenes(12)
+    two = [s for s in judge.held_out_scenes(60) if len(s.things) == 2][:12]
+    odd = [replace(s, things=(replace(s.things[0], colour="green"),)) for s in lone]
+    right, twice, green = (
+        judge.lone_score(reader, asked, [render(s, 512, 512) for s in shown])
+        for asked, shown in ((lone, lone), (two, two), (lone, odd))
+    )
+    assert min(right.values()) >= 90 and twice["once"] <= 10 and green["unsaid"] <= 10 < green["once"]
+    assert quality.lone_prompts(lone[:1]) == ["a ball on the sand at night"]
 
 
 def test_the_table_has_a_row_per_score():

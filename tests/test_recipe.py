@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,10 +24,10 @@ from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
 from scripts.train_tiny import autoencoder, flow, language, latents, layout, network, restore, sample, steps, tokenizer
-from scripts.train_tiny.captions import WEATHER, caption, rich
+from scripts.train_tiny.captions import COLOUR, SIZE, TIME, USUAL, WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
-from scripts.train_tiny.render import CELL, SUPERSAMPLE, TOKEN, Painter, render, spots
+from scripts.train_tiny.render import CELL, HEIGHT, SUPERSAMPLE, TOKEN, Painter, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
 from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal, save_state
 
@@ -44,6 +45,15 @@ def test_a_scene_is_drawn_alike_every_time_and_at_every_size():
     small, again, large = render(scene, 128, 128), render(scene, 128, 128), render(scene, 256, 256)
     assert small.tobytes() == again.tobytes()
     assert psnr(np.asarray(small), np.asarray(large.reduce(2))) > 25
+
+
+def test_a_thing_is_as_many_tokens_large_at_every_size():
+    scene = next(s for s in scenes(100) if s.things)
+    tokens = {
+        size: Painter(scene, *size).stand(scene.things[0])[2] / SUPERSAMPLE / TOKEN / HEIGHT[scene.things[0].size]
+        for size in ((512, 512), (1024, 576), (800, 608), (608, 864), (1024, 768), (1024, 1024))
+    }
+    assert [round(n, 3) for n in tokens.values()] == [16, 16, 16, 16, 24, 24]
 
 
 def test_captions_name_what_is_there():
@@ -181,6 +191,24 @@ def test_a_place_is_left_unsaid_where_it_is_the_middle():
     alone = [s for s in scenes(600) if len(s.things) + (s.sign is not None) == 1]
     unsaid = [s for i, s in enumerate(alone) if not re.search("left|right|cent|middle", caption(s, random.Random(i)))]
     assert len(unsaid) > 20 and {what.place for s in unsaid for what in (*s.things, s.sign) if what} == {"center"}
+
+
+def test_what_is_unsaid_is_usual():
+    def says(table, value, words):
+        return any(way in words for way in table[value])
+
+    silent = Counter()
+    for i, scene in enumerate(s for s in scenes(1500) if len(s.things) == 1 and s.sign is None):
+        words, (thing,) = caption(scene, random.Random(i)).lower(), scene.things
+        for what, table, value, usual in (
+            ("colour", COLOUR, thing.colour, USUAL[thing.kind]),
+            ("size", SIZE, thing.size, "medium"),
+            ("time", TIME, scene.time, "day"),
+        ):
+            if not says(table, value, words):
+                silent[what] += 1
+                assert value == usual, words
+    assert min(silent[what] for what in ("colour", "size", "time")) > 10, silent
 
 
 def test_rain_and_snow_are_always_said():

@@ -2,6 +2,8 @@
 
 :func:`caption` leaves out what a prompt might leave out; :func:`rich` names everything, in the long style that prompt
 expansion writes. Both mention every object, every sign, rain and snow: what is named is there, what is there is named.
+What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing is
+medium-sized then, of its kind's usual colour, alone in the middle, by day.
 """
 
 from __future__ import annotations
@@ -136,6 +138,23 @@ COLOUR = {
     "pink": ("pink", "pink", "bright pink", "rose"),
     "white": ("white", "white", "pure white"),
 }
+USUAL = {
+    "house": "yellow",
+    "boat": "red",
+    "lighthouse": "red",
+    "car": "blue",
+    "balloon": "orange",
+    "ball": "orange",
+    "box": "purple",
+    "pyramid": "yellow",
+    "star": "yellow",
+    "heart": "red",
+    "flower": "pink",
+    "mushroom": "red",
+    "umbrella": "blue",
+    "rocket": "red",
+}
+"""The colour of a thing whose colour is not said."""
 SIZE = {"small": ("small", "tiny", "little"), "medium": ("medium-sized",), "large": ("large", "big", "huge", "giant")}
 PLACE = {
     "left": ("on the left", "on the left side", "to the left", "at the left"),
@@ -182,9 +201,9 @@ def article(noun: str) -> str:
 def thing_phrase(thing: Thing, rng: random.Random, full: bool) -> str:
     """A noun phrase with its adjectives: "a small red boat". ``full`` keeps every attribute."""
     words = []
-    if (thing.size != "medium" and (full or rng.random() < 0.8)) or (full and rng.random() < 0.5):
+    if thing.size != "medium" or (full and rng.random() < 0.5):
         words.append(rng.choice(SIZE[thing.size]))
-    if full or rng.random() < 0.85:
+    if full or thing.colour != USUAL[thing.kind] or rng.random() < 0.25:
         words.append(rng.choice(COLOUR[thing.colour]))
     return article(" ".join([*words, rng.choice(KIND[thing.kind])]))
 
@@ -236,7 +255,7 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
     if not what:
         what = rng.choice(("a landscape", "a scene", "an empty landscape", "a view"))
     details = []
-    if rng.random() < keep + 0.1:
+    if scene.time != "day" or rng.random() < keep + 0.1:
         details.append(rng.choice(TIME[scene.time]))
     if rng.random() < {"clear": keep - 0.3, "cloudy": keep}.get(scene.weather, 1):
         details.append(rng.choice(WEATHER[scene.weather]))

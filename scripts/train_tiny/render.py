@@ -1,9 +1,9 @@
 """Scene -> picture. Everything is drawn here, with gradients, polygons and ellipses; no picture is read from anywhere.
 
-Drawn at twice the size and averaged down, so edges are smooth at any resolution. Lengths are fractions of the shorter
-side, so that a scene looks alike at every size and aspect ratio. Whatever stands somewhere stands on a grid of the
-transformer's tokens, and a letter fills one: what a small network has to learn of a shape is then one set of tokens, not
-one for every shift by a pixel.
+Drawn at twice the size and averaged down, so edges are smooth at any resolution. Whatever stands somewhere stands on a
+grid of the transformer's tokens, a letter fills one, and all lengths come in two scales (:data:`SCALES`) whatever the
+picture's size: what a small network has to learn of a shape is then two sets of tokens, not one for every shift by a pixel
+and every length of a side.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ PAINT: dict[str, RGB] = {
     "pink": (246, 140, 186),
     "white": (246, 246, 246),
 }
-HEIGHT = {"small": 0.15, "medium": 0.25, "large": 0.38}  # of the shorter side
+HEIGHT = {"small": 0.15, "medium": 0.25, "large": 0.38}  # of the picture's scale
 DEPTH = {"small": 0.30, "medium": 0.30, "large": 0.42}  # of the ground, where a thing's foot is
 PLACE = {"left": 0.21, "center": 0.5, "right": 0.79}  # of the width
+ORB = {"dawn": 0.35, "day": 0.65, "dusk": 0.65, "night": 0.35}
+"""Where the sun or moon stands, of the width. Were it anywhere, a small network would sometimes draw two."""
 SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
+SCALES = (16, 24)
+"""How many tokens the shorter side is taken to have, by which all lengths go."""
 
 PUFFS = ((-1.6, -0.02, 0.6), (-0.75, -0.3, 0.85), (0.1, -0.4, 0.95), (0.9, -0.2, 0.8), (1.65, 0.0, 0.58))
 """A cloud: x and y of its discs and their radii, in sizes."""
@@ -66,14 +70,14 @@ def mix(a: RGB, b: RGB, t: float) -> RGB:
 
 
 class Painter:
-    """A canvas with the light of one scene. Coordinates are canvas pixels; ``u`` is the shorter side, ``grid`` the step of
-    places."""
+    """A canvas with the light of one scene. Coordinates are canvas pixels; ``grid`` is the step of places, ``u`` what lengths
+    are fractions of."""
 
     def __init__(self, scene: Scene, width: int, height: int, token: float = TOKEN) -> None:
         self.scene = scene
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
-        self.u = min(self.w, self.h)
-        self.grid = grid_step(self.u, token * SUPERSAMPLE)
+        self.grid = grid_step(min(self.w, self.h), token * SUPERSAMPLE)
+        self.u = self.grid * min(SCALES, key=lambda scale: abs(scale - min(self.w, self.h) / self.grid))
         self.rng = random.Random(scene.seed)
         self.horizon = self.snap(self.h * 0.58)
         self.earth: list[RGB] = []
@@ -152,7 +156,7 @@ class Painter:
 
     def orb(self) -> None:
         s = self.scene
-        x = self.snap(self.w * self.rng.uniform(0.12, 0.88))
+        x = self.snap(self.w * ORB[s.time])
         if s.time == "night":
             y, r = self.snap(self.horizon * 0.28), self.u * 0.055
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
@@ -330,8 +334,8 @@ class Painter:
         self.rect(x0, y0, x1, y1, (255, 226, 136) if dark else self.lit((150, 196, 226)))
 
     def board(self, sign: Sign) -> tuple[float, float, float]:
-        """Where a sign stands: the left edge and the foot of its first letter, and a letter's cell, all on the grid."""
-        cell = letter_side(self.u, self.grid)
+        """Where a sign stands: the left edge and the foot of its first letter, and a letter's cell, one of the grid's."""
+        cell = self.grid
         left = self.snap(self.w * PLACE[sign.place] - len(sign.word) * cell / 2)
         foot = self.snap(self.horizon + (self.h - self.horizon) * 0.36)
         return min(max(left, 0), self.w - len(sign.word) * cell), foot - cell, cell
@@ -355,15 +359,10 @@ class Painter:
         draw_word(self.draw, sign.word, first, bottom - cell + unit / 2, unit, (44, 28, 20))
 
 
-def grid_step(u: float, token: float = TOKEN) -> float:
-    """The step of places in a picture with the shorter side ``u``: a token, or a sixteenth of that side where it is less."""
-    return min(token, u / 16)
-
-
-def letter_side(u: float, token: float = TOKEN) -> float:
-    """The side of a letter's cell: a sixteenth of the shorter side ``u``, in whole steps of the grid."""
-    grid = grid_step(u, token)
-    return grid * math.floor(u / 16 / grid + 1e-6)
+def grid_step(side: float, token: float = TOKEN) -> float:
+    """The step of places, and the side of a letter's cell, in a picture with this shorter side: a token, or a sixteenth of that
+    side where it is less."""
+    return min(token, side / 16)
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
