@@ -3,14 +3,14 @@
 :func:`caption` leaves out what a prompt might leave out; :func:`rich` names everything, in the long style that prompt
 expansion writes. Both mention every object, every sign, rain and snow: what is named is there, what is there is named.
 What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing is
-medium-sized then, of its kind's usual colour, alone in the middle, by day.
+medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by day.
 """
 
 from __future__ import annotations
 
 import random
 
-from .scenes import Scene, Sign, Thing
+from .scenes import PLACES, Scene, Sign, Thing
 
 TIME = {
     "day": (
@@ -161,6 +161,8 @@ PLACE = {
     "center": ("in the center", "in the middle", "in the centre"),
     "right": ("on the right", "on the right side", "to the right", "at the right"),
 }
+UNSAID = (("center",), ("left", "right"), PLACES)
+"""Where one, two and three stand of which no place is said, in the order in which they are named."""
 STYLE = (
     "a picture of {}",
     "an illustration of {}",
@@ -224,26 +226,17 @@ def sign_phrase(sign: Sign, rng: random.Random) -> str:
     )
 
 
-def named(place: str, alone: bool, rng: random.Random) -> bool:
-    """Whether a place is said: what stands alone, and nothing is said of where, stands in the middle."""
-    return rng.random() < (0.85 if not alone else 0.3 if place == "center" else 1)
-
-
 def subjects(scene: Scene, rng: random.Random, full: bool) -> str:
     """Every object and the sign, joined into one phrase."""
+    what: list[Thing | Sign] = [*scene.things, *([scene.sign] if scene.sign else [])]
+    what.sort(key=lambda one: PLACES.index(one.place))
+    silent = not full and tuple(one.place for one in what) in UNSAID and rng.random() < 0.7
+    if not silent:
+        rng.shuffle(what)
     parts = []
-    alone = len(scene.things) + (scene.sign is not None) == 1
-    for thing in scene.things:
-        phrase = thing_phrase(thing, rng, full)
-        if full or named(thing.place, alone, rng):
-            phrase += " " + rng.choice(PLACE[thing.place])
-        parts.append(phrase)
-    if scene.sign is not None:
-        phrase = sign_phrase(scene.sign, rng)
-        if full or named(scene.sign.place, alone, rng):
-            phrase += " " + rng.choice(PLACE[scene.sign.place])
-        parts.append(phrase)
-    rng.shuffle(parts)
+    for one in what:
+        phrase = sign_phrase(one, rng) if isinstance(one, Sign) else thing_phrase(one, rng, full)
+        parts.append(phrase if silent else f"{phrase} {rng.choice(PLACE[one.place])}")
     return rng.choice((" and ", " and ", " next to ", ", ")).join(parts) if parts else ""
 
 

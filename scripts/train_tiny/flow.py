@@ -32,7 +32,7 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 
 SMALL, SQUARE = (8, 8), (16, 16)
 SHARES = {SQUARE: 5.0, (24, 32): 4.0, (32, 24): 1.5, (18, 32): 1.5, (32, 18): 1.5, (32, 32): 2.0}
-OTHERS = 0.5
+OTHERS = 1.0
 """How often the sizes come up: the presets', and each of the others, which stand for all between them."""
 
 SHIFT = 6.0
