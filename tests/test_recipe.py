@@ -23,7 +23,7 @@ from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
 from scripts.train_tiny import autoencoder, flow, language, latents, layout, network, restore, sample, steps, tokenizer
-from scripts.train_tiny.captions import COLOUR, KIND, PLACE, SIZE, TIME, USUAL, WEATHER, caption, rich
+from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIME, TREES, USUAL, WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, HEIGHT, SUPERSAMPLE, TOKEN, Painter, render, spots
@@ -226,11 +226,16 @@ def test_what_is_unsaid_is_usual():
     assert min(silent[what] for what in ("colour", "size", "time")) > 10, silent
 
 
-def test_rain_and_snow_are_always_said():
-    wet = [s for s in scenes(200) if s.weather in ("rain", "snow")]
-    assert len(wet) > 40
-    for i, scene in enumerate(wet):
-        assert any(words in caption(scene, random.Random(i)) for words in WEATHER[scene.weather])
+def test_rain_snow_backdrops_and_trees_are_always_said():
+    said = {name: 0 for name in ("weather", "backdrop", "trees")}
+    for i, scene in enumerate(scenes(200)):
+        words = caption(scene, random.Random(i)).lower()
+        for name, table in (("weather", WEATHER), ("backdrop", BACKDROP), ("trees", TREES)):
+            value = getattr(scene, name)
+            if value not in ("clear", "cloudy", "none"):
+                said[name] += 1
+                assert any(way in words for way in table[value]), words
+    assert min(said.values()) > 40
 
 
 def test_tokens_around_things_are_all_of_theirs_and_some_others():

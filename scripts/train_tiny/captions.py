@@ -1,9 +1,9 @@
 """Scene -> words. Many wordings for the same thing, so that free prompts land near something the model has read.
 
 :func:`caption` leaves out what a prompt might leave out; :func:`rich` names everything, in the long style that prompt
-expansion writes. Both mention every object, every sign, rain and snow: what is named is there, what is there is named.
-What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing is
-medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by day.
+expansion writes. Both mention every object, sign, backdrop and tree, rain and snow: what is named is there, what is there is
+named. What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing
+is medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by day.
 """
 
 from __future__ import annotations
@@ -252,9 +252,9 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
         details.append(rng.choice(TIME[scene.time]))
     if rng.random() < {"clear": keep - 0.3, "cloudy": keep}.get(scene.weather, 1):
         details.append(rng.choice(WEATHER[scene.weather]))
-    if scene.backdrop != "none" and rng.random() < keep + 0.15:
+    if scene.backdrop != "none":
         details.append(rng.choice(BACKDROP[scene.backdrop]))
-    if scene.trees != "none" and rng.random() < keep + 0.15:
+    if scene.trees != "none":
         details.append(rng.choice(TREES[scene.trees]))
     if scene.orb and rng.random() < keep - 0.3:
         details.append(rng.choice(ORB[scene.time]))
