@@ -24,10 +24,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux2_local.request import SIZES
 from scripts.train_tiny.captions import USUAL
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word
-from scripts.train_tiny.render import grid_step, render
+from scripts.train_tiny.render import TOKEN, grid_step, render
 from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, Thing, answers, classes, random_scene
 from scripts.train_tiny.trainer import Run, Trainer, averaged
 
@@ -36,7 +37,7 @@ SIDE = 128
 """Pictures are read at SIDE×SIDE pixels, whatever their shape."""
 
 COUNTS = [len(classes(name)) for name, _ in QUESTIONS]
-SIZES = ((16, 16), (16, 16), (32, 24), (24, 32), (32, 18), (18, 32), (32, 32))
+GRIDS = [(width // TOKEN, height // TOKEN) for width, height in (*SIZES.values(), SIZES["square"])]
 """The presets' width and height in tokens; 512², where most is measured, counts twice."""
 SHORTER = 256
 """Pixels along the shorter side of the drawings."""
@@ -175,7 +176,7 @@ def draw(seed: int) -> tuple[np.ndarray, list[int]]:
     """A small drawing of what a picture of a preset's size, or of any between, shows: 16 to 32 tokens along each side."""
     rng = random.Random(seed)
     scene = random_scene(rng)
-    across, down = rng.choice((*SIZES, (rng.randint(16, 32), rng.randint(16, 32))))
+    across, down = rng.choice((*GRIDS, (rng.randint(16, 32), rng.randint(16, 32))))
     token = SHORTER / min(across, down)
     picture = render(scene, round(across * token), round(down * token), token)
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -258,8 +259,8 @@ def lone_scenes(count: int) -> list[Scene]:
 
 
 def lone_score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Of :func:`lone_scenes`, percent of pictures in which exactly one object is seen ("once"), and of those in which it is the right
-    one in its usual colour ("unsaid")."""
+    """Of :func:`lone_scenes`, percent of pictures in which exactly one object is seen ("once"), and of those in which the
+    right one is seen in the middle in its usual colour ("unsaid")."""
     readings = read(judge, pictures)
     once = [sum(kind != "none" for kind in reading.kind.values()) == 1 for reading in readings]
     usual = [

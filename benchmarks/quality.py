@@ -1,15 +1,15 @@
 """How good the bundled model is, and what each variant and tier costs it.
 
-    python -m benchmarks.quality                     # 200 prompts, every variant and tier: twelve minutes on two CPU cores
+    python -m benchmarks.quality                     # 200 prompts, every variant and tier: thirteen minutes on two CPU cores
     python -m benchmarks.quality --prompts 24        # a first look
     python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
 judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once, and as the
-right one of one colour, where a prompt says neither its colour nor its place ("once" and "unsaid", a third as many prompts
-more); PSNR and SSIM of each tier against ``none`` on the
-same prompts and seeds; and adherence at other sizes, beside the ceiling there. Writes a JSON file with the environment.
+right one in its usual colour, where a prompt says neither its colour nor its place ("once" and "unsaid", a third as many
+prompts more); PSNR and SSIM of each tier against ``none`` on the same prompts and seeds; and adherence at other sizes, beside
+the ceiling there. Writes a JSON file with the environment.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from flux2_local.bench import environment
 from flux2_local.bench.metrics import psnr, ssim
 from flux2_local.bench.subject import PROMPTS
 from flux2_local.costs import Work
+from flux2_local.request import SIZES
 from flux2_local.settings import choose, find_hardware, make_settings
 from scripts.train_tiny.captions import GROUND, TIME, article, caption, rich
 from scripts.train_tiny.data import HELD_OUT_SEED
@@ -68,7 +69,7 @@ CONTENDERS = (
 EVERYDAY = CONTENDERS[1]
 """What other sizes are measured with, and the sheet's rows are drawn with."""
 
-OTHER_SIZES = ((1024, 768), (768, 1024), (1024, 576), (576, 1024), (1024, 1024), (800, 608), (672, 928))
+OTHER_SIZES = (*(size for name, size in SIZES.items() if name != "square"), (800, 608), (672, 928))
 """Width and height in pixels: the presets but for the square of 512, and two between them that training never saw."""
 
 

@@ -191,9 +191,8 @@ def test_what_stands_somewhere_stands_on_tokens(width, height):
     ("count", "places"), [(1, ["center"]), (2, ["left", "right"]), (3, ["left", "center", "right"])]
 )
 def test_places_are_left_unsaid_in_the_middle_and_from_left_to_right(count, places):
-    known = [
-        s for s in scenes(1500) if not {one.kind for one in s.things} & {"rocket", "lighthouse"}
-    ]  # a rocket is a ship too
+    alike = {"rocket", "lighthouse"}  # a rocket is a ship too
+    known = [s for s in scenes(1500) if not {one.kind for one in s.things} & alike]
     some = [[s, *s.things, *([s.sign] if s.sign else [])] for s in known]
     unsaid = 0
     for i, (scene, *what) in enumerate(one for one in some if len(one) == 1 + count):

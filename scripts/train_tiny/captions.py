@@ -4,6 +4,7 @@
 expansion writes. Both mention every object, sign, backdrop and tree, rain and snow: what is named is there, what is there is
 named. What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing
 is medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by day.
+The ground, and whether a sky is clear or cloudy, are left open.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ class Painter:
     def __init__(self, scene: Scene, width: int, height: int, token: float = TOKEN) -> None:
         self.scene = scene
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
-        self.grid = grid_step(min(self.w, self.h), token * SUPERSAMPLE)
-        self.u = self.grid * min(SCALES, key=lambda scale: abs(scale - min(self.w, self.h) / self.grid))
+        side = min(self.w, self.h)
+        self.grid = grid_step(side, token * SUPERSAMPLE)
+        self.u = self.grid * min(SCALES, key=lambda scale: abs(scale - side / self.grid))
         self.rng = random.Random(scene.seed)
         self.horizon = self.snap(self.h * 0.58)
         self.earth: list[RGB] = []
@@ -333,16 +334,16 @@ class Painter:
         dark = self.scene.time in ("night", "dusk")
         self.rect(x0, y0, x1, y1, (255, 226, 136) if dark else self.lit((150, 196, 226)))
 
-    def board(self, sign: Sign) -> tuple[float, float, float]:
-        """Where a sign stands: the left edge and the foot of its first letter, and a letter's cell, one of the grid's."""
-        cell = self.grid
-        left = self.snap(self.w * PLACE[sign.place] - len(sign.word) * cell / 2)
+    def board(self, sign: Sign) -> tuple[float, float]:
+        """Where a sign stands: the left edge and the foot of its first letter. Each letter fills a cell of the grid."""
+        width = len(sign.word) * self.grid
+        left = self.snap(self.w * PLACE[sign.place] - width / 2)
         foot = self.snap(self.horizon + (self.h - self.horizon) * 0.36)
-        return min(max(left, 0), self.w - len(sign.word) * cell), foot - cell, cell
+        return min(max(left, 0), self.w - width), foot - self.grid
 
     def sign(self, sign: Sign) -> None:
         """A board on two posts."""
-        left, bottom, cell = self.board(sign)
+        (left, bottom), cell = self.board(sign), self.grid
         unit, half = cell / ADVANCE, len(sign.word) * cell / 2
         x, y = left + half, bottom + cell
         box = (left - unit, bottom - cell - 2 * unit, left + 2 * half + unit, bottom + 2 * unit)
@@ -664,7 +665,7 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     scale = CELL / SUPERSAMPLE
     found = []
     if scene.sign is not None:
-        left, bottom, cell = p.board(scene.sign)
+        (left, bottom), cell = p.board(scene.sign), p.grid
         word = (left, bottom - cell, cell)
         box = (left, bottom - cell, left + len(scene.sign.word) * cell, bottom + cell)
         found.append(Spot(scene.sign, *(v * scale for v in box), tuple(v * scale for v in word)))  # type: ignore[arg-type]
