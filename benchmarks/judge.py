@@ -30,7 +30,7 @@ from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word
 from scripts.train_tiny.render import TOKEN, grid_step, render
 from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, Thing, answers, classes, random_scene
-from scripts.train_tiny.trainer import Run, Trainer, averaged
+from scripts.train_tiny.trainer import Run, Trainer, averaged, mixed
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIDE = 128
@@ -193,7 +193,7 @@ def varied(x: Tensor) -> Tensor:
 
 
 def loss_of(judge: Judge, x: Tensor, right: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with mixed(x.device.type):
         logits = judge(x)
     return torch.stack([F.cross_entropy(row, right[:, i]) for i, row in enumerate(logits)]).mean()
 

@@ -29,7 +29,7 @@ from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, HEIGHT, SUPERSAMPLE, TOKEN, Painter, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
-from scripts.train_tiny.trainer import Muon, Run, Trainer, load_ema, orthogonal, save_state
+from scripts.train_tiny.trainer import Muon, Run, Trainer, fast_dtype, load_ema, orthogonal, save_state
 
 
 def scenes(count, first=0):
@@ -240,15 +240,15 @@ def test_rain_snow_backdrops_and_trees_are_always_said():
 
 def test_tokens_around_things_are_all_of_theirs_and_some_others():
     kind = layout.layout(scenes(40), (16, 16))[0]
-    kept = layout.around(kind, 0.5)
+    kept = layout.around(kind, 128)
     assert kept.shape == (40, 128)
     for row, k in zip(kept, kind, strict=True):
         assert len(set(row.tolist())) == 128
         assert (k[row] > 0).sum() == (k > 0).sum()
-    few = kind.take_along_dim(layout.around(kind, 0.125), 1)
+    few = kind.take_along_dim(layout.around(kind, 32), 1)
     signs = (kind == layout.SIGN).sum(1)
     assert signs.max() > 0 and torch.equal((few == layout.SIGN).sum(1), signs.clamp(max=32)), "signs before things"
-    assert torch.equal(layout.around(kind, 1.0), torch.arange(256).expand(40, -1))
+    assert torch.equal(layout.around(kind, 256), torch.arange(256).expand(40, -1))
 
 
 def test_a_hidden_state_that_knows_the_layout_tells_it():
@@ -277,38 +277,47 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
 def test_latents_are_made_where_pictures_are_drawn_whatever_trains(tmp_path, monkeypatch):
     run = Run(tmp_path, minutes=1, device="meta")  # what is there has no values
     np.save(run.path("latent_statistics.npy"), np.stack([np.full(128, 0.5), np.full(128, 4.0)]).astype(np.float32))
-    monkeypatch.setattr(latents, "BUCKETS", {(2, 2): (9, 0)})
+    monkeypatch.setattr(latents, "SIDES", (2, 4))
+    series = {"square": latents.Series(9, 0, (2, 2)), "others": latents.Series(9, 100)}
+    monkeypatch.setattr(latents, "SERIES", series)
     monkeypatch.setattr(latents, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(autoencoder, "samples", lambda *_: None)
     monkeypatch.setattr(autoencoder, "Code", lambda *_: lambda x: F.pixel_unshuffle(x, autoencoder.BLOCK)[:, :32])
     latents.train(run)
-    kept = np.load(latents.path_of(run, (2, 2)))
-    code = F.pixel_unshuffle(drawings(9, side=64), autoencoder.BLOCK)[:, :32]
-    want = (latents.patchify(code).flatten(2).mT - 0.5) / 2
-    assert np.allclose(kept, want, atol=0.002)
+    assert len({one.picture(i)[1] for one in series.values() for i in range(9)}) > 4
+    for name, one in series.items():
+        kept, starts = np.load(latents.path_of(run, name)), one.starts(9)
+        assert len(kept) == starts[-1]
+        for i in range(9):
+            scene, (height, width) = one.picture(i)
+            picture = autoencoder.to_tensor(np.asarray(render(scene, width * TOKEN, height * TOKEN))[None])
+            code = F.pixel_unshuffle(picture, autoencoder.BLOCK)[:, :32]
+            want = (latents.patchify(code)[0].flatten(1).T - 0.5) / 2
+            assert np.allclose(kept[starts[i] : starts[i + 1]], want, atol=0.002)
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A run's folder with 200 pictures' latents, of noise."""
+    """A run's folder with latents of 200 square pictures and of 60 of other sizes, of noise."""
     run = Run(tmp_path, minutes=1)
     rng = np.random.default_rng(0)
-    np.save(latents.path_of(run, flow.SQUARE), rng.normal(size=(200, 256, 128)).astype(np.float16))
+    for name, count in (("square", 200), ("others", 60)):
+        size = (latents.SERIES[name].starts(count)[-1], 128)
+        np.save(latents.path_of(run, name), rng.normal(size=size).astype(np.float16))
     return run
+
+
+def read_nothing(prompts):
+    return torch.randn(len(prompts), network.TEXT_TOKENS, 384).to(fast_dtype("cpu"))
 
 
 @pytest.mark.parametrize(
     "look", [flow.WHOLE, flow.WORDS, flow.THINGS, flow.SIGNS], ids=["whole", "words", "things", "signs"]
 )
 def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look):
-    samples = flow.Samples(pictures, {flow.SQUARE: 1.0}, (look,))
+    samples = flow.Samples(pictures, {"square": 1.0}, (look,))
     model = network.build()
     model.teller = layout.Teller()
-    text, *rest = next(
-        flow.flow_batches(
-            pictures, lambda prompts: torch.randn(len(prompts), network.TEXT_TOKENS, 384).bfloat16(), samples
-        )
-    )
+    text, *rest = next(flow.flow_batches(pictures, read_nothing, samples))
     count = flow.TOKENS_PER_BATCH["cpu"] // (round(look.share * 256) + network.TEXT_TOKENS)
     assert text.shape[0] == count and rest[2].shape == (count, round(look.share * 256), 128)
     assert not look.signs or (rest[4] == layout.SIGN).any(1).all(), "every picture has a sign, and it is computed"
@@ -316,6 +325,29 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look
     loss.backward()
     assert loss.isfinite()
     assert model.teller.layer.weight.grad.abs().sum() > 0 and model.proj_out.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_of_other_sizes_has_parts_of_pictures_of_several(pictures):
+    samples, series = flow.Samples(pictures, {"others": 1.0}), latents.SERIES["others"]
+    rows, seen, rng = samples.rows()["others"], set(), random.Random(0)
+    starts = series.starts(60)
+    for _ in range(8):
+        batch = samples.draw(rng, "others", rows)
+        count = batch.latents.shape[1]
+        seen.add(count)
+        assert len(batch.latents) == flow.TOKENS_PER_BATCH["cpu"] // (count + 80)
+        grids = set()
+        for x, cos, sin, kind in zip(batch.latents, *batch.tables, batch.found[0], strict=True):
+            row = int((rows == x[0].numpy()).all(1).argmax())  # every token's latents are its own
+            i = int(np.searchsorted(starts, row, side="right")) - 1
+            scene, grid = series.picture(i)
+            here = [int((rows[starts[i] : starts[i + 1]] == token.numpy()).all(1).argmax()) for token in x[:5]]
+            for got, full in zip((cos, sin), network.rotary(*grid, network.TEXT_TOKENS, "cpu"), strict=True):
+                assert torch.equal(got[:80], full[:80]) and torch.equal(got[80:85], full[80:][here])
+            assert torch.equal(kind[:5], layout.layout([scene], grid)[0][0, here])
+            grids.add(grid)
+        assert len(grids) > 3
+    assert seen == {flow.OTHERS, flow.OTHERS // 2}
 
 
 def test_where_noise_leaves_open_where_things_are_their_presence_counts_as_much_as_their_absence():
@@ -336,13 +368,13 @@ def test_guidance_does_nothing_in_strong_noise():
 
 
 def test_a_batch_for_a_card_has_no_more_pictures_than_there_are(pictures):
-    samples = flow.Samples(dataclasses.replace(pictures, device="cuda"), {flow.SQUARE: 1.0}, (flow.SIGNS,))
-    signs = [i for i in range(200) if flow.scene_of(flow.SQUARE, i).sign]
+    samples = flow.Samples(dataclasses.replace(pictures, device="cuda"), {"square": 1.0}, (flow.SIGNS,))
+    signs = [i for i in range(200) if latents.SERIES["square"].picture(i)[0].sign]
     assert 0 < len(next(iter(samples)).prompts) == len(signs) < flow.TOKENS_PER_BATCH["cuda"] // 112
 
 
 def test_worker_processes_get_what_they_need_and_no_latents(pictures):
-    samples = flow.Samples(pictures, {flow.SQUARE: 1.0})
+    samples = flow.Samples(pictures, {"square": 1.0})
     loader = flow.batches(dataclasses.replace(pictures, device="cuda"), samples)
     sent = pickle.dumps((loader.dataset, loader.collate_fn))
     assert loader.num_workers > 0 and len(sent) < 10_000

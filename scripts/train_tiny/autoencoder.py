@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import HELD_OUT_SEED, crops
 from .render import render
 from .scenes import random_scene
-from .trainer import Run, Trainer, averaged, load_ema, save_state
+from .trainer import Run, Trainer, averaged, load_ema, mixed, save_state
 
 CONFIG = {
     "block_out_channels": (16, 32, 64, 96, 96),
@@ -193,7 +193,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_of(vae: AutoencoderKLFlux2, x: Tensor, z: Tensor) -> Tensor:
     """Of the picture ``x`` decoded from latents ``z`` [B, 32, h, w]: value, blocks' means, colour differences, edges."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with mixed(x.device.type):
         y = vae.decode(z).sample
     y = y.float()
     detail = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))

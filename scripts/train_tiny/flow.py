@@ -7,10 +7,12 @@ guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of it
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,19 +23,32 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import language, latents, tokenizer
 from .captions import caption, rich
+from .latents import SERIES, Series
 from .layout import Teller, around, layout, scenery
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
-from .scenes import Scene, random_scene
+from .scenes import Scene
 from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
-SMALL, SQUARE = (8, 8), (16, 16)
-SHARES = {SQUARE: 5.0, (24, 32): 4.0, (32, 24): 1.5, (18, 32): 1.5, (32, 18): 1.5, (32, 32): 2.0}
-OTHERS = 1.0
-"""How often the sizes come up: the presets', and each of the others, which stand for all between them."""
+SHARES = {
+    "square": 5.0,
+    "landscape_4_3": 3.0,
+    "portrait_4_3": 1.5,
+    "landscape_16_9": 1.5,
+    "portrait_16_9": 1.5,
+    "square_hd": 1.5,
+    "others": 9.0,
+}
+"""How often the series come up."""
+
+OTHERS = 576
+"""Of how many tokens pictures of any size are computed, so that several sizes are in one batch."""
+
+HALVED = 256
+"""Of larger pictures than this every other batch computes half of the tokens, by chance which, and so twice as many pictures."""
 
 SHIFT = 6.0
 """How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided there."""
@@ -52,8 +67,8 @@ its things sooner, as aligning with another network's features does (arXiv:2410.
 
 @dataclass(frozen=True)
 class Look:
-    """What a batch computes: a share of its pictures' tokens, signs' before things' before all others, between two noise levels;
-    ``signs``: only of pictures that have a sign."""
+    """What a batch computes: a share of its pictures' tokens, where it is not all signs' before things' before all others,
+    between two noise levels; ``signs``: only of pictures that have a sign."""
 
     share: float = 1.0
     signs: bool = False
@@ -81,11 +96,11 @@ class Reader:
         self.tokenizer = tokenizer.load(run.work).backend_tokenizer
         self.tokenizer.enable_truncation(TEXT_TOKENS)
         self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
-        self.model = language.load(run).model.language_model.to(run.device, torch.bfloat16).eval().requires_grad_(False)
+        self.model = language.load(run).model.language_model.to(run.device, run.dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
-        """bf16 [B, TEXT_TOKENS, 384]."""
+        """[B, TEXT_TOKENS, 384], of the run's dtype."""
         lines = [f"<s>[DESCRIBE][INST]{p}[/INST]" for p in prompts]
         rows = self.tokenizer.encode_batch(lines, add_special_tokens=False)
         ids = torch.tensor([e.ids for e in rows], device=self.device)
@@ -98,64 +113,81 @@ class Reader:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size, on the host.
+    """Pictures of which as many tokens are computed, on the host.
 
     Attributes:
-        latents: packed [B, N, 128], float16.
-        shown: what they show as a whole, of :func:`~scripts.train_tiny.layout.scenery`.
-        found: what lies on their tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
+        latents: of those tokens [B, n, 128], float16.
+        shown: what the pictures show as a whole, of :func:`~scripts.train_tiny.layout.scenery`.
+        found: what lies on the tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
+        tables: each picture's own cos and sin [B, TEXT_TOKENS + n, head_dim/2], of :func:`~scripts.train_tiny.network.rotary`.
         prompts: what they show, in words.
-        size: height and width in tokens.
         look: what of them is to be computed.
     """
 
     latents: Tensor
     shown: Tensor
     found: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
     prompts: list[str]
-    size: tuple[int, int]
     look: Look
 
 
 class Samples(IterableDataset[Batch]):
-    """Endless batches. ``shares`` says how often each size comes up, ``looks`` what is computed, in turn by chance (of sizes
-    that are no preset's, whole pictures where there is such a look)."""
+    """Endless batches. ``shares`` says how often each series comes up, ``looks`` what is computed, in turn by chance."""
 
-    def __init__(self, run: Run, shares: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
-        self.shares = shares
-        whole = [look for look in looks if look.share == 1] or looks  # a part is a shape of its own to compile
-        self.looks = {b: looks if b in SHARES else whole for b in shares}
+    def __init__(self, run: Run, shares: dict[str, float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
+        self.shares, self.looks = shares, looks
         self.tokens = TOKENS_PER_BATCH[run.device]
-        self.paths = {b: latents.path_of(run, b) for b in shares}
-        self.signed = {
-            b: [i for i in range(len(rows)) if scene_of(b, i).sign] if any(look.signs for look in looks) else []
-            for b, rows in self.rows().items()
-        }
+        self.paths = {name: latents.path_of(run, name) for name in shares}
+        self.starts, self.signed = {}, {}
+        for name, rows in self.rows().items():
+            series = SERIES[name]
+            starts = series.starts(series.count)
+            count = int(np.searchsorted(starts, len(rows)))  # fewer were drawn where time was short
+            self.starts[name] = starts[: count + 1]
+            if any(look.signs for look in looks):
+                self.signed[name] = np.array([i for i in range(count) if series.picture(i)[0].sign], dtype=int)
 
-    def rows(self) -> dict[tuple[int, int], np.ndarray]:
-        """The latents of each size, mapped. They are no attribute: a worker process would get them as a copy."""
-        return {b: np.load(path, mmap_mode="r") for b, path in self.paths.items()}
+    def rows(self) -> dict[str, np.ndarray]:
+        """The latents of each series, mapped. They are no attribute: a worker process would get them as a copy."""
+        return {name: np.load(path, mmap_mode="r") for name, path in self.paths.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         rng, rows = random.Random(), self.rows()
         while True:
-            size = rng.choices(list(self.shares), list(self.shares.values()))[0]
-            yield self.draw(rng, size, rows[size])
+            name = rng.choices(list(self.shares), list(self.shares.values()))[0]
+            yield self.draw(rng, name, rows[name])
 
-    def draw(self, rng: random.Random, size: tuple[int, int], rows: np.ndarray) -> Batch:
-        """As many pictures of a size as a batch has tokens for; all that there are where those are fewer."""
-        look = rng.choice(self.looks[size])
-        count = self.tokens // (round(look.share * rows.shape[1]) + TEXT_TOKENS)
-        pool = (self.signed[size] if look.signs else ()) or range(len(rows))  # of a few pictures none may have a sign
-        chosen = sorted(rng.sample(pool, min(count, len(pool))))
-        scenes = [scene_of(size, i) for i in chosen]
+    def draw(self, rng: random.Random, name: str, rows: np.ndarray) -> Batch:
+        """As many pictures of a series as a batch has tokens for; all that there are where those are fewer."""
+        look, series, starts = rng.choice(self.looks), SERIES[name], self.starts[name]
+        lengths = np.diff(starts)
+        whole = int(lengths[0]) if series.grid else OTHERS
+        if whole > HALVED and rng.random() < 0.5:
+            whole //= 2
+        pool = self.signed[name] if look.signs else np.arange(len(lengths))
+        pool = pool[lengths[pool] >= whole].tolist()
+        if not pool:  # of a few pictures none may have a sign
+            look, pool = WHOLE, np.flatnonzero(lengths >= whole).tolist()
+        count = round(look.share * whole)
+        chosen = sorted(rng.sample(pool, min(self.tokens // (count + TEXT_TOKENS), len(pool))))
+        scenes, *parts = zip(
+            *(self.part(series, i, rows[starts[i] : starts[i + 1]], count, look) for i in chosen), strict=True
+        )
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        return Batch(torch.from_numpy(rows[chosen]), scenery(scenes), layout(scenes, size), prompts, size, look)
+        x, cos, sin, *found = (torch.stack(part) for part in parts)
+        return Batch(x, scenery(scenes), tuple(found), (cos, sin), prompts, look)
 
-
-def scene_of(size: tuple[int, int], row: int) -> Scene:
-    """What the latents of this size and row show."""
-    return random_scene(random.Random(latents.BUCKETS[size][1] + row))
+    @staticmethod
+    def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> tuple[Scene, *tuple[Tensor, ...]]:
+        """A picture's scene, and of ``count`` of its tokens the latents, cos and sin with the text's before them, and layout."""
+        scene, grid = series.picture(row)
+        found = layout([scene], grid)
+        crowd = found[0] if look.share < 1 else torch.zeros_like(found[0])
+        (kept,) = around(crowd, count)
+        with_text = torch.cat([torch.arange(TEXT_TOKENS), TEXT_TOKENS + kept])
+        tables = (table[with_text] for table in rotary(*grid, TEXT_TOKENS, "cpu"))
+        return scene, torch.from_numpy(rows[kept]), *tables, *(t[0, kept] for t in found)
 
 
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
@@ -169,37 +201,28 @@ def said(prompts: list[str], empty: float) -> list[str]:
     return ["" if random.random() < empty else prompt for prompt in prompts]
 
 
-def noised(x0: Tensor, look: Look = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 noisy latents, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise, within the look's."""
+def noised(x0: Tensor, dtype: torch.dtype, look: Look = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents as ``dtype``, σ, and the velocity to learn. σ is logit-normal, shifted by `SHIFT` towards noise, within the
+    look's."""
     u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
     sigma = look.above + (look.below - look.above) * SHIFT * u / (1 + (SHIFT - 1) * u)
     noise = torch.randn_like(x0)
     s = sigma[:, None, None]
-    return ((1 - s) * x0 + s * noise).bfloat16(), sigma, noise - x0
+    return ((1 - s) * x0 + s * noise).to(dtype), sigma, noise - x0
 
 
-def shares(run: Run, others: float = OTHERS) -> dict[tuple[int, int], float]:
-    """How often each picture size comes up, of those whose latents are there; ``others`` is what one that is no preset's does."""
-    there = [b for b in latents.BUCKETS if b != SMALL and latents.path_of(run, b).exists()]
-    return {b: SHARES.get(b, others) for b in there if b in SHARES or others}
+def shares(run: Run) -> dict[str, float]:
+    """How often each series comes up, of those whose latents are there."""
+    return {name: share for name, share in SHARES.items() if latents.path_of(run, name).exists()}
 
 
 def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Samples) -> Iterator[tuple[Tensor, ...]]:
     """The arguments of :func:`flow_loss` after the model."""
     for batch in batches(run, samples):
         text = reader(said(batch.prompts, empty=0.1))
-        x, sigma, target = noised(batch.latents.to(run.device).float(), batch.look)
-        found = [t.to(run.device) for t in batch.found]
-        kept = around(found[0], batch.look.share)
-        image = (t.take_along_dim(kept if t.ndim == 2 else kept[..., None], 1) for t in (x, target, *found))
-        rows = torch.cat([torch.arange(TEXT_TOKENS, device=x.device).expand(len(x), -1), TEXT_TOKENS + kept], 1)
-        yield (
-            text,
-            sigma,
-            batch.shown.to(run.device),
-            *image,
-            *(table[rows] for table in rotary(*batch.size, TEXT_TOKENS, run.device)),
-        )
+        x, sigma, target = noised(batch.latents.to(run.device).float(), run.dtype, batch.look)
+        known = (t.to(run.device) for t in (*batch.found, *batch.tables))
+        yield text, sigma, batch.shown.to(run.device), x, target, *known
 
 
 def stress(kind: Tensor, sigma: Tensor) -> Tensor:
@@ -235,7 +258,7 @@ def flow_loss(
 
 def train_small(run: Run) -> None:
     """Begin on pictures of 256², a quarter of the tokens of 512²."""
-    train_on(run, {SMALL: 1.0})
+    train_on(run, {"small": 1.0})
 
 
 def train_things(run: Run) -> None:
@@ -248,15 +271,15 @@ def train_flow(run: Run) -> None:
     train_on(run, shares(run), (WHOLE, WHOLE, WHOLE, PLACES, WORDS, THINGS, SIGNS))
 
 
-def train_on(run: Run, sizes: dict[tuple[int, int], float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
+def train_on(run: Run, series: dict[str, float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
     torch._dynamo.config.recompile_limit = 64
     model = build()
     model.teller = Teller()
     model.to(run.device)
     trainer = Trainer(run, "flow", model, lr=1e-3, muon=2e-3, ema=0.998)
     reader = Reader(run)
-    report = reporter(run, "flow", trainer, reader, None, grid=next(iter(sizes)))
-    trainer.fit(flow_batches(run, reader, Samples(run, sizes, looks)), lambda *b: flow_loss(model, *b), report)
+    report = reporter(run, "flow", trainer, reader, None, grid=SERIES[next(iter(series))].grid)
+    trainer.fit(flow_batches(run, reader, Samples(run, series, looks)), lambda *b: flow_loss(model, *b), report)
 
 
 @torch.no_grad()
@@ -277,22 +300,22 @@ def forget_guidance(model: Flux2Transformer2DModel) -> None:
 
 def train_guidance(run: Run) -> None:
     torch._dynamo.config.recompile_limit = 64
+    path, taught = run.path("guidance.safetensors"), run.path("flow.safetensors")
+    if path.exists() and path.stat().st_mtime < taught.stat().st_mtime:
+        print(f"guidance: {taught} has trained on since, begun anew from it", flush=True)
+        path.unlink()
     teacher = build().to(run.device)
-    load_ema(run.path("flow.safetensors"), teacher)
+    load_ema(taught, teacher)
     teacher.requires_grad_(False)
-    student = build().to(run.device)
-    student.load_state_dict(teacher.state_dict())
-    forget_guidance(student)
-    trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
     reader = Reader(run)
     empty = reader([""])
 
     def questions() -> Iterator[tuple[Tensor, ...]]:
         ask = run.compiled(velocity)
-        for batch in batches(run, Samples(run, shares(run, others=0))):  # twice as much to compile for each as flow has
+        for batch in batches(run, Samples(run, shares(run))):
             text = reader(said(batch.prompts, empty=0.05))
-            x, sigma, _ = noised(batch.latents.to(run.device).float())
-            tables = rotary(*batch.size, TEXT_TOKENS, run.device)
+            x, sigma, _ = noised(batch.latents.to(run.device).float(), run.dtype)
+            tables = tuple(t.to(run.device) for t in batch.tables)
             w = 1 + (MAX_GUIDANCE - 1) * torch.rand_like(sigma) ** 2
             with torch.no_grad():
                 one = torch.ones_like(sigma)
@@ -300,7 +323,32 @@ def train_guidance(run: Run) -> None:
                 no = ask(teacher, x, empty.expand(len(x), -1, -1).contiguous(), sigma, one, tables)
             yield x, text, sigma, w, guided(yes, no, sigma, w), *tables
 
-    def loss(x: Tensor, text: Tensor, sigma: Tensor, w: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
+    student = beginner(teacher, list(islice(questions(), 3)))
+    trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
+    trainer.fit(
+        questions(), lambda *asked: guidance_loss(student, *asked), reporter(run, "guidance", trainer, reader, 2.5)
+    )
 
-    trainer.fit(questions(), loss, reporter(run, "guidance", trainer, reader, 2.5))
+
+def guidance_loss(
+    student: Flux2Transformer2DModel,
+    x: Tensor,
+    text: Tensor,
+    sigma: Tensor,
+    w: Tensor,
+    target: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
+
+
+@torch.no_grad()
+def beginner(teacher: Flux2Transformer2DModel, questions: list[tuple[Tensor, ...]]) -> Flux2Transformer2DModel:
+    """What guidance is taught to: the teacher, that has forgotten what the scale means where this brings its answers nearer. It
+    does not where ``flow`` went on from a guided model."""
+    nets = [copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)]
+    forget_guidance(nets[1])
+    kept, forgotten = (sum(float(guidance_loss(net, *asked)) for asked in questions) for net in nets)
+    print(f"guidance: loss {kept:.4f} as it is, {forgotten:.4f} without a meaning of the scale", flush=True)
+    return nets[forgotten < kept]

@@ -22,7 +22,7 @@ from .captions import caption, rich, short
 from .data import HELD_OUT_SEED
 from .network import TEXT_TOKENS
 from .scenes import PLACES, QUESTIONS, Scene, answers, classes, random_scene
-from .trainer import Run, Trainer, averaged, load_ema
+from .trainer import Run, Trainer, averaged, load_ema, mixed
 
 LENGTH = 128
 BATCH = 64
@@ -154,7 +154,7 @@ def batches(run: Run, fast: PreTrainedTokenizerFast, device: str) -> Iterator[tu
 
 def loss_of(model: Mistral3ForConditionalGeneration, ids: Tensor, mask: Tensor, right: Tensor) -> Tensor:
     """Next tokens, and what captions tell."""
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with mixed(ids.device.type):
         out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         hidden = torch.cat([out.hidden_states[i] for i in OUT_LAYERS], -1)[:, :TEXT_TOKENS]
         telling = model.teller(hidden)

@@ -1,7 +1,7 @@
-"""Stage 5: draw the transformer's training pictures once and keep their latents, a file per picture size.
+"""Stage 5: draw the transformer's training pictures once and keep their latents, a file per series.
 
-Latents are kept packed and normalised as the transformer sees them: float16 [pictures, height·width, 128], the i-th row
-made from ``random_scene(Random(seed0 + i))``, so that captions can be written anew every time a picture is used.
+Latents are kept packed and normalised as the transformer sees them: float16 [tokens of all pictures, 128], the i-th picture
+made from ``random_scene(Random(seed + i))``, so that captions can be written anew every time a picture is used.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +22,55 @@ from torch import Tensor
 
 from . import autoencoder
 from .render import TOKEN, render
-from .scenes import random_scene
+from .scenes import Scene, random_scene
 from .trainer import Run
 
-BUCKETS = {  # (height, width) in tokens: pictures, first seed
-    (8, 8): (40_000, 2_000_000),
-    (16, 16): (16_000, 0),
-    (24, 32): (6000, 1_000_000),
-    (32, 24): (2000, 1_100_000),
-    (18, 32): (1500, 1_200_000),
-    (32, 18): (1500, 1_300_000),
-    (32, 32): (1500, 1_400_000),
-    (16, 24): (800, 1_500_000),
-    (24, 16): (800, 1_600_000),
-    (20, 26): (600, 1_700_000),
-    (27, 19): (600, 1_800_000),
-    (24, 24): (600, 1_900_000),
-    (28, 28): (500, 2_100_000),
-    (16, 32): (400, 2_200_000),
-    (32, 16): (400, 2_300_000),
+SIDES = (16, 32)
+"""The shortest and the longest side of a picture in tokens: 512 and 1024 pixels."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Pictures from one seed on.
+
+    Attributes:
+        count: how many are drawn.
+        seed: of the first one.
+        grid: their height and width in tokens; None: each has any of :data:`SIDES`.
+    """
+
+    count: int
+    seed: int
+    grid: tuple[int, int] | None = None
+
+    def picture(self, row: int) -> tuple[Scene, tuple[int, int]]:
+        """What a picture shows, and its grid."""
+        rng = random.Random(self.seed + row)
+        scene = random_scene(rng)
+        return scene, self.grid or (rng.randint(*SIDES), rng.randint(*SIDES))
+
+    def starts(self, count: int) -> np.ndarray:
+        """Where the tokens of ``count`` pictures begin in the file, and last where they end."""
+        grids = (self.grid or self.picture(row)[1] for row in range(count))
+        return np.cumsum([0, *(height * width for height, width in grids)])
+
+
+SERIES = {
+    "small": Series(40_000, 2_000_000, (8, 8)),
+    "square": Series(16_000, 0, (16, 16)),
+    "landscape_4_3": Series(6000, 1_000_000, (24, 32)),
+    "portrait_4_3": Series(2000, 1_100_000, (32, 24)),
+    "landscape_16_9": Series(1500, 1_200_000, (18, 32)),
+    "portrait_16_9": Series(1500, 1_300_000, (32, 18)),
+    "square_hd": Series(1500, 1_400_000, (32, 32)),
+    "others": Series(6000, 1_500_000),
 }
-"""The smallest size is what training begins with: what words mean can be learnt on a quarter of the tokens."""
+"""The smallest is what training begins with: what words mean can be learnt on a quarter of the tokens. Then the presets, and
+pictures of any size from 512 to 1024, a few of each, so that none is learnt by heart."""
 
 
-def path_of(run: Run, bucket: tuple[int, int]) -> Path:
-    return run.path(f"latents_{bucket[0]}x{bucket[1]}.npy")
+def path_of(run: Run, name: str) -> Path:
+    return run.path(f"latents_{name}.npy")
 
 
 def load_autoencoder(run: Run) -> AutoencoderKLFlux2:
@@ -73,16 +96,17 @@ def encode(code: autoencoder.Code, pixels: np.ndarray) -> Tensor:
     return patchify(code(autoencoder.to_tensor(pixels)))
 
 
-def draw(task: tuple[int, int, int]) -> np.ndarray:
-    seed, height, width = task
-    return np.asarray(render(random_scene(random.Random(seed)), width * TOKEN, height * TOKEN))
+def paint(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
+    """The picture, uint8 [height, width, 3]."""
+    height, width = grid
+    return np.array(render(scene, width * TOKEN, height * TOKEN))
 
 
-def drawn(tasks: list[tuple[int, int, int]], pool: ProcessPoolExecutor) -> Iterator[np.ndarray]:
-    """The tasks' pictures in order, a few drawn ahead."""
+def drawn(pictures: Iterable[tuple[Scene, tuple[int, int]]], pool: ProcessPoolExecutor) -> Iterator[np.ndarray]:
+    """The pictures in order, a few drawn ahead."""
     ahead: deque[Future[np.ndarray]] = deque()
-    for task in tasks:
-        ahead.append(pool.submit(draw, task))
+    for scene, grid in pictures:
+        ahead.append(pool.submit(paint, scene, grid))
         if len(ahead) >= 64:
             yield ahead.popleft().result()
     for future in ahead:
@@ -92,33 +116,36 @@ def drawn(tasks: list[tuple[int, int, int]], pool: ProcessPoolExecutor) -> Itera
 def measure(run: Run, code: autoencoder.Code, pool: ProcessPoolExecutor) -> None:
     """Per-channel mean and variance of the latents, what BatchNorm's running statistics stand for."""
     total = []
-    for height, width, count in ((16, 16, 1024), (24, 32, 256), (32, 18, 256)):
-        pictures = drawn([(5_000_000 + i, height, width) for i in range(round(count * run.share))], pool)
+    for grid, count in (((16, 16), 1024), ((24, 32), 256), ((32, 18), 256)):
+        series = Series(round(count * run.share), 5_000_000, grid)
+        pictures = drawn(map(series.picture, range(series.count)), pool)
         total += [encode(code, p[None]).permute(0, 2, 3, 1).reshape(-1, 128).double() for p in pictures]
     rows = torch.cat(total)
     np.save(run.path("latent_statistics.npy"), torch.stack([rows.mean(0), rows.var(0)]).float().cpu().numpy())
 
 
 def train(run: Run) -> None:
-    code = autoencoder.Code(autoencoder.load(run), autoencoder.samples(run, 200))
+    some = [paint(*SERIES["square"].picture(i)) for i in range(60)]
+    code = autoencoder.Code(autoencoder.load(run), autoencoder.to_tensor(np.stack(some)))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         if not run.path("latent_statistics.npy").exists():
             measure(run, code, pool)
         vae = load_autoencoder(replace(run, device="cpu"))  # where pictures are drawn and encoded
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
-        for (height, width), (whole, seed0) in BUCKETS.items():
-            path = path_of(run, (height, width))
-            if path.exists():
+        for name, series in SERIES.items():
+            path = path_of(run, name)
+            begun = run.path("flow.safetensors").exists()
+            if path.exists() or (begun and name == "small"):
                 continue
-            count = round(whole * run.share)
+            count = round(series.count * run.share)
+            starts = series.starts(count)
             part = path.with_suffix(".part")
-            rows = open_memmap(part, mode="w+", dtype=np.float16, shape=(count, height * width, 128))
-            pictures = drawn([(seed0 + i, height, width) for i in range(count)], pool)
-            for i in range(0, count, 8):
-                z = (encode(code, np.stack(list(islice(pictures, 8)))) - mean) / std
-                rows[i : i + len(z)] = z.flatten(2).transpose(1, 2).half().numpy()
-                if i % 800 == 0:
-                    print(f"latents: {height}x{width} {i}/{count}", flush=True)
+            rows = open_memmap(part, mode="w+", dtype=np.float16, shape=(int(starts[-1]), 128))
+            for i, picture in enumerate(drawn(map(series.picture, range(count)), pool)):
+                z = (encode(code, picture[None]) - mean) / std
+                rows[starts[i] : starts[i + 1]] = z[0].flatten(1).T.half().numpy()
+                if i % 500 == 0:
+                    print(f"latents: {name} {i}/{count}", flush=True)
             rows.flush()
             part.replace(path)

@@ -106,8 +106,8 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
     )
 
 
-def around(kind: Tensor, share: float) -> Tensor:
-    """Indices [B, n] of a share of a picture's tokens: of its sign and then of its things all, as far as they fit, and of the
+def around(kind: Tensor, count: int) -> Tensor:
+    """Indices [B, count] of some of a picture's tokens: of its sign and then of its things all, as far as they fit, and of the
     rest any."""
     score = torch.rand(kind.shape, device=kind.device) + (kind > 0) + (kind == SIGN)
-    return score.topk(round(share * kind.shape[1]), 1).indices.sort(1).values
+    return score.topk(count, 1).indices.sort(1).values

@@ -6,6 +6,7 @@ are its estimates of a picture from a little noise, of which the decoder is to m
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -15,11 +16,10 @@ from torch import Tensor
 
 from .autoencoder import NOISE, loss_of, reporter, to_tensor
 from .captions import caption
-from .flow import SQUARE, Reader
-from .latents import BUCKETS, draw, load_autoencoder, path_of
+from .flow import Reader
+from .latents import SERIES, load_autoencoder, paint, path_of
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import unpacked
-from .scenes import random_scene
 from .trainer import Run, Trainer, load_ema
 
 BATCH = {"cpu": 2, "cuda": 16}
@@ -42,17 +42,19 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     load_ema(run.path("flow.safetensors"), model)
     model.requires_grad_(False)
     vae, reader, rng = load_autoencoder(run), Reader(run), random.Random()
-    rows, (_, seed0) = np.load(path_of(run, SQUARE), mmap_mode="r"), BUCKETS[SQUARE]
-    tables = rotary(*SQUARE, TEXT_TOKENS, run.device)
+    square = SERIES["square"]
+    rows = np.load(path_of(run, "square"), mmap_mode="r").reshape(-1, math.prod(square.grid), 128)
+    tables = rotary(*square.grid, TEXT_TOKENS, run.device)
     while True:
         chosen = sorted(rng.sample(range(len(rows)), BATCH[run.device]))
         x0 = torch.from_numpy(rows[chosen]).to(run.device).float()
-        text = reader([caption(random_scene(random.Random(seed0 + i)), rng) for i in chosen])
+        scenes = [square.picture(i)[0] for i in chosen]
+        text = reader([caption(scene, rng) for scene in scenes])
         sigma = MOST * torch.rand(len(x0), device=run.device)
         noisy = x0 + sigma[:, None, None] * (torch.randn_like(x0) - x0)
         with torch.no_grad():
-            away = velocity(model, noisy.bfloat16(), text, sigma, torch.ones_like(sigma), tables)
+            away = velocity(model, noisy.to(run.dtype), text, sigma, torch.ones_like(sigma), tables)
         estimated = torch.rand_like(sigma)[:, None, None] < 0.5
-        z = unpacked(vae, torch.where(estimated, noisy - sigma[:, None, None] * away, x0), SQUARE)
+        z = unpacked(vae, torch.where(estimated, noisy - sigma[:, None, None] * away, x0), square.grid)
         z = z + NOISE * torch.randn_like(z) * ~estimated[..., None]
-        yield to_tensor(np.stack([draw((seed0 + i, *SQUARE)) for i in chosen])).to(run.device), z
+        yield to_tensor(np.stack([paint(scene, square.grid) for scene in scenes])).to(run.device), z

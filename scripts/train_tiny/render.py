@@ -60,6 +60,9 @@ TOKEN = 32
 SCALES = (16, 24)
 """How many tokens the shorter side is taken to have, by which all lengths go."""
 
+HOUSES = ((3, 0.18), (2, 0.36), (4, 0.18), (2, 0.18), (3, 0.36), (0, 0.36), (4, 0.36))
+"""A city from left to right, over and over: height in sixteenths of the picture's scale (of 0 there is a gap), and how hazy."""
+
 PUFFS = ((-1.6, -0.02, 0.6), (-0.75, -0.3, 0.85), (0.1, -0.4, 0.95), (0.9, -0.2, 0.8), (1.65, 0.0, 0.58))
 """A cloud: x and y of its discs and their radii, in sizes."""
 
@@ -144,10 +147,8 @@ class Painter:
             self.stars()
         if s.orb:
             self.orb()
-        if s.weather in ("cloudy", "rain", "snow"):
-            self.clouds(4)
-        elif self.rng.random() < 0.4:
-            self.clouds(1)
+        if s.weather != "clear":
+            self.clouds()
 
     def stars(self) -> None:
         for x, y in self.cells(self.horizon * 0.8):
@@ -172,15 +173,21 @@ class Painter:
         self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
         self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35))
 
-    def clouds(self, count: int) -> None:
+    def along(self, step: float, ways: int) -> Iterator[tuple[int, float]]:
+        """Places from the left edge to the right one, ``step`` scales apart, and their numbers; where the first one is, and its
+        number, is one of so many ways. Were each place any, a small network would have to settle each, and mixes some up."""
+        way = self.rng.randrange(ways)
+        for i in range(math.ceil(self.w / (self.u * step)) + 2):
+            yield i + way, self.snap(self.u * step * (i - way / ways))
+
+    def clouds(self) -> None:
         s = self.scene
         base: RGB = {"day": (250, 252, 255), "dawn": (255, 228, 222), "dusk": (236, 150, 126), "night": (66, 76, 112)}[s.time]  # type: ignore[assignment]  # fmt: skip
         if s.weather in ("rain", "snow"):
             base = mix(base, (120, 126, 138) if s.time != "night" else (34, 38, 52), 0.6)
-        for i in range(count):
-            x = self.snap(self.w * ((i + self.rng.uniform(0.1, 0.9)) / count))
-            y = self.snap(self.horizon * self.rng.uniform(0.15, 0.5))
-            size = self.u * 0.058
+        size = self.u * 0.058
+        for i, x in self.along(0.3125, 2):
+            y = self.snap(self.horizon * (0.2, 0.45)[i % 2])
             for shade, drop in ((0.9, 0.22), (1.0, 0.0)):
                 colour = tuple(int(c * shade) for c in base)
                 for dx, dy, k in PUFFS:
@@ -192,26 +199,32 @@ class Painter:
         if kind == "mountains":
             self.mountains(haze)
         elif kind == "hills":
-            green = (96, 140, 92) if self.scene.ground != "snow" else (186, 198, 214)
-            for k, shade in ((0.5, 0.45), (0.3, 0.2)):
-                colour = mix(self.lit(green), haze, shade)
-                for i in range(-1, 4):
-                    x = self.snap(self.w * (i + self.rng.uniform(0.2, 0.8)) / 3)
-                    self.disc(x, self.horizon + self.u * 0.02, self.w * 0.3, colour, self.u * 0.3 * k)
+            self.hills(haze)
         elif kind == "city":
             self.city(haze)
 
+    def hills(self, haze: RGB) -> None:
+        green = (96, 140, 92) if self.scene.ground != "snow" else (186, 198, 214)
+        tops = list(self.along(0.5, 2))
+        for height, shade, shift in ((0.15, 0.45, 0), (0.09, 0.2, 0.25)):
+            for _, x in tops:
+                colour = mix(self.lit(green), haze, shade)
+                self.disc(
+                    x + self.snap(shift * self.u), self.horizon + self.u * 0.02, self.u * 0.4, colour, self.u * height
+                )
+
     def mountains(self, haze: RGB) -> None:
-        for base, count, shade in ((0.30, 3, 0.5), (0.19, 4, 0.25)):
-            rock = mix(self.lit((98, 104, 128)), haze, shade)
-            for i in range(count):
-                x = self.snap(self.w * (i + self.rng.uniform(0.2, 0.8)) / count)
-                height = self.u * base * self.rng.choice((0.8, 1.05))
+        dark = self.scene.time == "night"
+        peaks = list(self.along(0.375, 3))
+        for tall, shade, shift in ((0.3, 0.5, 0), (0.19, 0.25, 0.1875)):
+            rock = mix(self.lit((150, 156, 172) if dark else (98, 104, 128)), haze, shade)
+            for i, left in peaks:
+                x, y = left + self.snap(shift * self.u), self.horizon + 2
+                height = self.u * tall * (0.8, 1.05)[i % 2]
                 half = height * 1.1
-                y = self.horizon + 2
                 self.poly([(x - half, y), (x, y - height), (x + half, y)], rock)
                 self.poly([(x, y - height), (x + half, y), (x + half * 0.2, y)], mix(rock, (30, 34, 60), 0.18))
-                if base > 0.25:
+                if not shift:
                     k = 0.3
                     snow = mix(self.lit((250, 252, 255)), haze, 0.2)
                     self.poly(
@@ -229,11 +242,10 @@ class Painter:
         lights = self.scene.time in ("night", "dusk")
         width = self.grid * max(1, round(self.u * 0.085 / self.grid))
         cell = width / 3
-        for i in range(math.ceil(self.w / width)):
-            if self.rng.random() < 0.15:
-                continue
-            x, top = i * width, self.horizon - self.snap(self.u * self.rng.choice((0.125, 0.1875, 0.25)))
-            wall = mix(self.lit((110, 116, 138)), haze, self.rng.choice((0.18, 0.36)))
+        for i, x in self.along(width / self.u, 3):
+            storeys, shade = HOUSES[i % len(HOUSES)]
+            top = self.horizon - self.snap(self.u * storeys / 16)
+            wall = mix(self.lit((110, 116, 138)), haze, shade)
             self.rect(x, top, x + width - 1, self.horizon + 2, wall)
             for row in range(round((self.horizon - top) / cell)):
                 for k in range(3):

@@ -64,9 +64,9 @@ def denoise(
         scale = (
             guidance if isinstance(guidance, Tensor) else torch.full_like(sigma, 1.0 if guidance is None else guidance)
         )
-        v = velocity(model, x.bfloat16(), text, sigma, scale, tables, linear)
+        v = velocity(model, x.to(text.dtype), text, sigma, scale, tables, linear)
         if guidance is None and empty is not None:
-            no = velocity(model, x.bfloat16(), empty.expand(len(x), -1, -1), sigma, scale, tables)
+            no = velocity(model, x.to(text.dtype), empty.expand(len(x), -1, -1), sigma, scale, tables)
             v = guided(v, no, sigma, torch.full_like(sigma, 2.5))
         x = x + (t - s) * v
         states.append(x)

@@ -262,7 +262,7 @@ def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
         trees="none" if ground == "sea" else rng.choices(TREES, (5, 3, 2))[0],
         things=things,
         sign=sign,
-        orb=weather in ("clear", "cloudy") and rng.random() < 0.7,
+        orb=weather == "clear" and rng.random() < 0.7,
         seed=rng.getrandbits(32),
     )
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .captions import caption, rich
-from .flow import Reader, shares
+from .flow import Reader
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import denoise, reporter, shifted
 from .scenes import random_scene
@@ -59,7 +59,7 @@ def train_trajectories(run: Run) -> None:
     taught = run.path("guidance.safetensors").stat().st_mtime
     for (height, width), whole in COUNTS.items():
         path = path_of(run, (height, width))
-        if (height, width) not in shares(run) or (path.exists() and path.stat().st_mtime > taught):
+        if path.exists() and path.stat().st_mtime > taught:
             continue
         count = round(whole * run.share)
         part = path.with_suffix(".part")
@@ -120,7 +120,7 @@ def batches(run: Run, reader: Reader, stride: int) -> Iterator[tuple[Tensor, ...
         cos, sin = rotary(*bucket, TEXT_TOKENS, run.device)
         text = reader([w for w, _ in asked])
         guidance = torch.tensor([g for _, g in asked])
-        yield (*(t.to(run.device) for t in (x.bfloat16(), sigmas[start], guidance, target)), text, cos, sin)
+        yield (*(t.to(run.device) for t in (x.to(run.dtype), sigmas[start], guidance, target)), text, cos, sin)
 
 
 def train_lora(run: Run, name: str) -> None:
