@@ -7,12 +7,10 @@ guidance embedding, what the two-pass v(empty) + w·(v(prompt) - v(empty)) of it
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -307,6 +305,10 @@ def train_guidance(run: Run) -> None:
     teacher = build().to(run.device)
     load_ema(taught, teacher)
     teacher.requires_grad_(False)
+    student = build().to(run.device)
+    student.load_state_dict(teacher.state_dict())
+    forget_guidance(student)
+    trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
     reader = Reader(run)
     empty = reader([""])
 
@@ -323,32 +325,7 @@ def train_guidance(run: Run) -> None:
                 no = ask(teacher, x, empty.expand(len(x), -1, -1).contiguous(), sigma, one, tables)
             yield x, text, sigma, w, guided(yes, no, sigma, w), *tables
 
-    student = beginner(teacher, list(islice(questions(), 3)))
-    trainer = Trainer(run, "guidance", student, lr=3e-4, muon=5e-4, ema=0.999)
-    trainer.fit(
-        questions(), lambda *asked: guidance_loss(student, *asked), reporter(run, "guidance", trainer, reader, 2.5)
-    )
+    def loss(x: Tensor, text: Tensor, sigma: Tensor, w: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
 
-
-def guidance_loss(
-    student: Flux2Transformer2DModel,
-    x: Tensor,
-    text: Tensor,
-    sigma: Tensor,
-    w: Tensor,
-    target: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
-    return F.mse_loss(velocity(student, x, text, sigma, w, (cos, sin)), target)
-
-
-@torch.no_grad()
-def beginner(teacher: Flux2Transformer2DModel, questions: list[tuple[Tensor, ...]]) -> Flux2Transformer2DModel:
-    """What guidance is taught to: the teacher, that has forgotten what the scale means where this brings its answers nearer. It
-    does not where ``flow`` went on from a guided model."""
-    nets = [copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)]
-    forget_guidance(nets[1])
-    kept, forgotten = (sum(float(guidance_loss(net, *asked)) for asked in questions) for net in nets)
-    print(f"guidance: loss {kept:.4f} as it is, {forgotten:.4f} without a meaning of the scale", flush=True)
-    return nets[forgotten < kept]
+    trainer.fit(questions(), loss, reporter(run, "guidance", trainer, reader, 2.5))
