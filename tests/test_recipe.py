@@ -29,7 +29,17 @@ from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, HEIGHT, SUPERSAMPLE, TOKEN, Painter, render, spots
 from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
-from scripts.train_tiny.trainer import Muon, Run, Trainer, fast_dtype, load_ema, orthogonal, save_state
+from scripts.train_tiny.trainer import (
+    Muon,
+    Run,
+    Trainer,
+    fast_dtype,
+    load_ema,
+    load_state,
+    mixed,
+    orthogonal,
+    save_state,
+)
 
 
 def scenes(count, first=0):
@@ -481,6 +491,26 @@ def test_training_goes_on_from_an_exported_folder(tmp_path):
     load_ema(tmp_path / "turbo.safetensors", adapter)
     assert not any(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
     assert Reader(run)(["a red boat"]).shape == (1, network.TEXT_TOKENS, 384)
+
+
+def test_blending_is_the_mean_of_what_trained_and_what_it_began_from(tmp_path):
+    run = Run(tmp_path, minutes=1, device="cpu")
+    restore.train(run)
+    path = run.path("guidance.safetensors")
+    state, facts = load_state(path)
+    save_state(path, {name: t + 1 for name, t in state.items()}, facts)
+    restore.train_blend(run)
+    blended, after = load_state(path)
+    assert after == facts and blended.keys() == state.keys()
+    assert all(torch.allclose(blended[name], t + 0.5, atol=1e-6) for name, t in state.items())
+
+
+def test_a_processor_without_bf16_computes_in_float32(monkeypatch):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("scripts.train_tiny.trainer.has_fast_bfloat16", lambda fast=fast: fast)
+        with mixed("cpu"):
+            assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == fast_dtype("cpu") == dtype
+        assert fast_dtype("cuda") == torch.bfloat16
 
 
 def test_words_that_have_one_embedding_read_as_others(tmp_path):
