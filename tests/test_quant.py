@@ -30,7 +30,7 @@ from flux2_local.bench.counts import count
 from flux2_local.candidates import LAYOUTS, Draft, Need, Terms, filed
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
-from flux2_local.hardware import from_preset, probe
+from flux2_local.hardware import from_preset, has_fast_bfloat16, probe
 from flux2_local.model.blocks import block_linears
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
@@ -197,6 +197,8 @@ def test_layers_that_unpack_their_weights_are_planned_with_what_that_takes(name)
     form = FORMATS[name]
     if reason := form.reason_against(HERE, "bfloat16"):
         pytest.skip(reason)
+    if name == "torchao-int8-dynamic" and not has_fast_bfloat16():
+        pytest.skip("without AVX-512 the sums of torch's int8 products lie elsewhere, in less than is planned")
     x = normal(1, 256, 1024).bfloat16()
     layer = convert.backend(form).quantize(normal(2048, 1024).bfloat16(), form, torch.bfloat16, CPU)
     with torch.inference_mode():
