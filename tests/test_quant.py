@@ -198,7 +198,7 @@ def test_layers_that_unpack_their_weights_are_planned_with_what_that_takes(name)
     if reason := form.reason_against(HERE, "bfloat16"):
         pytest.skip(reason)
     if name == "torchao-int8-dynamic" and not has_fast_bfloat16():
-        pytest.skip("without AVX-512 the sums of torch's int8 products lie elsewhere, in less than is planned")
+        pytest.skip("on a processor without bf16 instructions it took 0.57 of what is planned; why is not known yet")
     x = normal(1, 256, 1024).bfloat16()
     layer = convert.backend(form).quantize(normal(2048, 1024).bfloat16(), form, torch.bfloat16, CPU)
     with torch.inference_mode():
