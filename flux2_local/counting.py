@@ -107,22 +107,29 @@ class Workspaces(TorchFunctionMode):
     Fused attention gives [B, H, T, d] in the layout of [B, T, H, d] and allocates the logarithms of its sums, a mask of booleans in
     q's type, and on a CPU each thread's scores. A CPU's convolutions of contiguous pictures work in a layout of their own, to which
     the picture is copied and from which the result is; a card's work channels-last, and group norms give contiguous pictures there.
+    Where a CPU's library has no convolutions of a type, torch writes out every value once for each place of the kernel that it is
+    under, and multiplies matrices. Source: ``slow_conv2d_forward_out_cpu`` in ``aten/src/ATen/native/ConvolutionMM2d.cpp``.
 
     Args:
         threads: of a CPU; 0 on a card.
         copying: whether convolutions copy their pictures so.
+        unfolding: whether they write them out so, which is instead.
     """
 
-    def __init__(self, threads: int, copying: bool) -> None:
+    def __init__(self, threads: int, copying: bool, unfolding: bool = False) -> None:
         super().__init__()
-        self.threads, self.copying = threads, copying
+        self.threads, self.copying, self.unfolding = threads, copying, unfolding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and not written_out():
             return self.attention(args[0], kwargs.get("attn_mask"))
         result = func(*args, **kwargs)
-        if func is F.conv2d and self.copying:
+        if func is F.conv2d and self.unfolding:
+            weight = args[1]
+            if weight[0, 0].numel() > 1:
+                torch.empty(result.numel() // len(weight) * weight[0].numel(), dtype=result.dtype)
+        elif func is F.conv2d and self.copying:
             torch.empty(max(args[0].nbytes, result.nbytes), dtype=torch.uint8)
         return result
 

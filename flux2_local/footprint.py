@@ -120,7 +120,12 @@ def own_bytes(value: Tensor, dtype: str) -> int:
 def counted(network: nn.Module, setup: Setup) -> Iterator[Peak]:
     """Count what is made inside, on the meta device."""
     copying = setup.kind == "cuda" or (setup.kind == "cpu" and not setup.channels_last)
-    with torch.device("meta"), torch.no_grad(), Workspaces(setup.threads, copying), Peak(network) as peak:
+    with (
+        torch.device("meta"),
+        torch.no_grad(),
+        Workspaces(setup.threads, copying, setup.unfolding),
+        Peak(network) as peak,
+    ):
         yield peak
 
 
@@ -194,6 +199,7 @@ class Setup:
         together: whether guidance's two passes run as one of a batch twice as large.
         place: a card that runs none of Triton's kernels; None elsewhere.
         summed: whether int8 products leave int32 sums.
+        unfolding: whether convolutions write their pictures out (:func:`flux2_local.hardware.unfolds_convolutions`).
     """
 
     arch: Architecture
@@ -210,6 +216,7 @@ class Setup:
     together: bool = False
     place: Place | None = None
     summed: bool = False
+    unfolding: bool = False
 
     def rows(self, work: Work) -> int:
         """Of the batch that goes through the transformer."""
@@ -411,16 +418,29 @@ class _Replaced(nn.Module):
     def __init__(self, layer: nn.Linear, form: quant.Format, setup: Setup) -> None:
         super().__init__()
         self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
-        self.dtype, self.summed = DTYPES[setup.dtype], form.sums or (setup.summed and form.product == "int8")
+        self.dtype, self.summed = DTYPES[setup.dtype], setup.summed and form.product == "int8"
         quantizes = form.backend == "builtin" and (form.rounded or not form.group)
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
     def forward(self, x: Input) -> Tensor:
         values, dtype = (x.values, self.dtype) if isinstance(x, Rows) else (x, x.dtype)
+        if self.form.spelt_out:
+            self._spell_out(values)
+            return torch.empty(*values.shape[:-1], self.rows, dtype=dtype)
         held = torch.empty(self._beside(x), dtype=torch.int8), self._sums(values)
         out = torch.empty(*values.shape[:-1], self.rows, dtype=dtype)
         del held
         return out
+
+    def _spell_out(self, x: Tensor) -> None:
+        """Rows in float32, twice while they are rounded; then as int8, beside sums in 32 bit and either the weights in 32 bit, which a
+        CPU with VNNI and without AMX adds up, or the sums in float32 and what they are scaled to."""
+        torch.empty(2, *x.shape)
+        rows = torch.empty(x.shape, dtype=torch.int8)
+        sums = torch.empty(*x.shape[:-1], self.rows, dtype=torch.int32)
+        torch.empty(self.rows, self.columns, dtype=torch.int32)
+        torch.empty(2, *sums.shape)
+        del rows
 
     def _beside(self, x: Input) -> int:
         """Bytes of rows that are quantized here, with their scales, or of weights that are unpacked."""

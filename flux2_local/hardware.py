@@ -282,6 +282,18 @@ def has_fast_bfloat16() -> bool:
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def unfolds_convolutions(dtype: str) -> bool:
+    """Whether torch computes this CPU's convolutions in ``dtype`` itself, since oneDNN has none for it here: it has none in bf16
+    without AVX-512."""
+    import torch
+
+    if dtype == "float32":
+        return False
+    library = torch.ops.mkldnn
+    supported = library._is_mkldnn_bf16_supported if dtype == "bfloat16" else library._is_mkldnn_fp16_supported
+    return not (torch.backends.mkldnn.is_available() and supported())
+
+
 def cpu_name() -> str:
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as f:

@@ -33,7 +33,7 @@ class Format:
         product: what its matrix products are of, a key of :attr:`Hardware.flops` where the device is fast at it; "" for the compute
             type.
         unpacked: bytes per weight that another backend's layer takes while it multiplies, in 16 bit (``tests/test_quant.py``).
-        sums: whether it takes a result in 32 bit besides.
+        spelt_out: whether it rounds rows and scales sums by torch's plain operations, each of which makes a tensor.
         not_kept: why its weights are quantized at every loading; "" where they are kept on disk.
         note: what to know before choosing it.
     """
@@ -52,7 +52,7 @@ class Format:
     automatic: bool = False
     product: str = ""
     unpacked: float = 2.0
-    sums: bool = False
+    spelt_out: bool = False
     not_kept: str = ""
     note: str = ""
 
@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
             rounded=True, note="multiplies in int8, by name only until a card has been measured with it",
         ),
         Format(
-            "torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu"), unpacked=4, sums=True
+            "torchao-int8-dynamic", "torchao", 1 + ROW / 2, 0.012, packages=TORCHAO, kinds=("cuda", "cpu"), spelt_out=True
         ),
         Format("torchao-int8", "torchao", 1 + ROW / 2, 0.009, packages=TORCHAO, kinds=("cuda", "cpu"), note=UNPACKS),
         Format(
