@@ -1,10 +1,10 @@
 """Scene -> words. Many wordings for the same thing, so that free prompts land near something the model has read.
 
 :func:`caption` leaves out what a prompt might leave out; :func:`rich` names everything, in the long style that prompt
-expansion writes. Both mention every object, sign, backdrop and tree, rain and snow: what is named is there, what is there is
-named. What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a thing
-is medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by day.
-The ground, and whether a sky is clear or cloudy, are left open.
+expansion writes. Both mention every object, sign, backdrop and tree, clouds, rain and snow: what is named is there, what is there
+is named. What an attribute is of which nothing is said, a small network could only guess, each of its tokens for itself; so a
+thing is medium-sized then, of its kind's usual colour and alone in the middle, of several each right of the one named before, by
+day and under a clear sky. The ground is left open.
 """
 
 from __future__ import annotations
@@ -251,13 +251,13 @@ def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:
     details = []
     if scene.time != "day" or rng.random() < keep + 0.1:
         details.append(rng.choice(TIME[scene.time]))
-    if rng.random() < {"clear": keep - 0.3, "cloudy": keep}.get(scene.weather, 1):
+    if scene.weather != "clear" or rng.random() < keep - 0.3:
         details.append(rng.choice(WEATHER[scene.weather]))
     if scene.backdrop != "none":
         details.append(rng.choice(BACKDROP[scene.backdrop]))
     if scene.trees != "none":
         details.append(rng.choice(TREES[scene.trees]))
-    if scene.orb and rng.random() < keep - 0.3:
+    if scene.weather == "clear" and rng.random() < keep - 0.3:
         details.append(rng.choice(ORB[scene.time]))
     rng.shuffle(details)
     if ground:
@@ -305,7 +305,7 @@ def rich(scene: Scene, rng: random.Random) -> str:
         f"an empty landscape {rng.choice(GROUND[scene.ground])} {rng.choice(TIME[scene.time])}"
     )  # fmt: skip
     sky = f"{SKY[scene.time]} {rng.choice(WEATHER[scene.weather])}"
-    if scene.orb:
+    if scene.weather == "clear":
         sky += " " + rng.choice(ORB[scene.time])
     parts = [sky]
     if scene.backdrop != "none":

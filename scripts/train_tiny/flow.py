@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from . import language, latents, tokenizer
 from .captions import caption, rich
 from .latents import SERIES, Series
-from .layout import Teller, around, layout, scenery
+from .layout import Teller, around, layout, shown
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
 from .scenes import Scene
@@ -46,14 +46,15 @@ OTHERS = 576
 """Of how many tokens pictures of any size are computed, so that several sizes are in one batch."""
 
 HALVED = 256
-"""Of larger pictures than this every other batch computes half of the tokens, by chance which, and so twice as many pictures."""
+"""Every other batch computes half of its pictures' tokens, by chance which, and so twice as many pictures; but not around things and
+signs where there are no more tokens than this."""
 
 SHIFT = 6.0
 """How far σ leans towards noise: as far as the pipeline's 28 steps at 512². What a thing is gets decided there."""
 
 STRESS = 3.0
-"""How much more a token of a thing or a sign counts than one of the landscape: they cover a tenth of a picture, and
-their shapes a part of that, while a prompt is mostly about them."""
+"""How much more a token counts that has a thing, a sign, or what the landscape has beside sky and ground: a sun is four tokens of
+256, things cover a tenth of a picture, and their shapes a part of that, while a prompt is about nothing else."""
 
 TOLD_AFTER = 1
 """The single-stream block after which :class:`Teller` is asked."""
@@ -115,7 +116,7 @@ class Batch:
 
     Attributes:
         latents: of those tokens [B, n, 128], float16.
-        shown: what the pictures show as a whole, of :func:`~scripts.train_tiny.layout.scenery`.
+        shown: what the pictures show as a whole, of :func:`~scripts.train_tiny.layout.shown`.
         found: what lies on the tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
         tables: each picture's own cos and sin [B, TEXT_TOKENS + n, head_dim/2], of :func:`~scripts.train_tiny.network.rotary`.
         prompts: what they show, in words.
@@ -161,7 +162,7 @@ class Samples(IterableDataset[Batch]):
         look, series, starts = rng.choice(self.looks), SERIES[name], self.starts[name]
         lengths = np.diff(starts)
         whole = int(lengths[0]) if series.grid else OTHERS
-        if whole > HALVED and rng.random() < 0.5:
+        if (whole > HALVED or look.share == 1) and rng.random() < 0.5:
             whole //= 2
         pool = self.signed[name] if look.signs else np.arange(len(lengths))
         pool = pool[lengths[pool] >= whole].tolist()
@@ -174,7 +175,7 @@ class Samples(IterableDataset[Batch]):
         )
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
         x, cos, sin, *found = (torch.stack(part) for part in parts)
-        return Batch(x, scenery(scenes), tuple(found), (cos, sin), prompts, look)
+        return Batch(x, shown(scenes), tuple(found), (cos, sin), prompts, look)
 
     @staticmethod
     def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> tuple[Scene, *tuple[Tensor, ...]]:
@@ -223,11 +224,11 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
         yield text, sigma, batch.shown.to(run.device), x, target, *known
 
 
-def stress(kind: Tensor, sigma: Tensor) -> Tensor:
-    """What the error on each token counts, [B, N]: of things and signs more than of the landscape. Where noise leaves open where
-    they are, of every token as much more as the other pictures have something there: counting a thing more than its absence
-    would teach that there is one where there only may be (the weighted error is least at :data:`STRESS` times the odds)."""
-    there = (kind > 0).float()
+def stress(there: Tensor, sigma: Tensor) -> Tensor:
+    """What the error on each token counts, [B, N]: more where something is ``there``. Where noise leaves open where things are, of
+    every token as much more as the other pictures have something there: counting a thing more than its absence would teach that
+    there is one where there only may be (the weighted error is least at :data:`STRESS` times the odds)."""
+    there = there.float()
     others = there.sum(0) - there
     often = others / others.amax(1, keepdim=True).clamp(min=1)
     return 1 + (STRESS - 1) * torch.where(sigma[:, None] > DECIDED, often, there)
@@ -244,13 +245,15 @@ def flow_loss(
     pose: Tensor,
     letters: Tensor,
     outline: Tensor,
+    scenery: Tensor,
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
-    weight = stress(kind, sigma)
-    told = model.teller(hidden[TOLD_AFTER], weight, shown, kind, pose, letters, outline)
+    weight = stress(kind > 0, sigma)
+    told = model.teller(hidden[TOLD_AFTER], weight, shown, kind, pose, letters, outline, scenery)
+    weight = torch.maximum(weight, stress(scenery > 0, sigma))
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 

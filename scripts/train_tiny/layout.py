@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import CONFIG
-from .render import CELL, TOKEN, spots
+from .render import CELL, TOKEN, scenery, spots
 from .scenes import CLASSES, KINDS, Scene, Sign, answers
 
 SIGN = len(KINDS) + 1
@@ -18,21 +18,23 @@ SIGN = len(KINDS) + 1
 LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
-SCENERY = [len(values) for values in CLASSES.values()]
-"""How many answers there are to what :func:`scenery` says, in turn."""
+SCENE = [len(values) for values in CLASSES.values()]
+"""How many answers there are to what :func:`shown` says, in turn."""
 
 
 class Teller(nn.Module):
     """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token:
-    nothing but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, and
-    a thing's outline. In strong noise nothing shows yet, and the prompt must have been read to tell."""
+    nothing but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, a
+    thing's outline, and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and the prompt
+    must have been read to tell."""
 
     def __init__(self) -> None:
         super().__init__()
         width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
         self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
         self.outline = nn.Linear(width, CELLS * CELLS)
-        self.scenery = nn.Linear(width, sum(SCENERY))
+        self.scene = nn.Linear(width, sum(SCENE))
+        self.landscape = nn.Linear(width, 1)
 
     def forward(
         self,
@@ -43,11 +45,12 @@ class Teller(nn.Module):
         pose: Tensor,
         letters: Tensor,
         outline: Tensor,
+        scenery: Tensor,
     ) -> Tensor:
-        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`scenery`, the others
+        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`shown`, the others
         are as of :func:`layout`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
-        views = self.scenery(hidden).transpose(1, 2).split(SCENERY, 1)
+        views = self.scene(hidden).transpose(1, 2).split(SCENE, 1)
         seen = sum(
             F.cross_entropy(view, right[:, None].expand(-1, view.shape[2]))
             for view, right in zip(views, shown.unbind(1), strict=True)
@@ -63,23 +66,27 @@ class Teller(nn.Module):
             (board * F.cross_entropy(x.transpose(1, 2), letters[..., i], reduction="none")).sum()
             for i, x in enumerate((a, b))
         ) / (2 * board.sum().clamp(min=1))
-        return wrong + away + spelt + shaped + seen
+        behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], scenery)
+        return wrong + away + spelt + shaped + seen + behind
 
 
-def scenery(scenes: list[Scene]) -> Tensor:
+def shown(scenes: list[Scene]) -> Tensor:
     """Time, weather, ground, backdrop and trees of every scene as classes, [B, 5]."""
-    return torch.tensor([answers(scene)[: len(SCENERY)] for scene in scenes])
+    return torch.tensor([answers(scene)[: len(SCENE)] for scene in scenes])
 
 
-def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What lies on every token: its kind [B, N], 0 for landscape; where in it the token's middle lies and how large it is
-    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things cover [B, N, 16]."""
+    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things cover [B, N, 16]; whether
+    the landscape has more than sky and ground there [B, N], 1 or 0."""
     height, width = bucket
     kind = np.zeros((len(scenes), height, width), np.int64)
     pose = np.zeros((len(scenes), height, width, POSE), np.float32)
     letters = np.zeros((len(scenes), height, width, 2), np.int64)
     outline = np.zeros((len(scenes), height * CELLS, width * CELLS), bool)
+    behind = np.zeros((len(scenes), height, width), np.float32)
     for i, scene in enumerate(scenes):
+        behind[i] = scenery(scene, width * TOKEN, height * TOKEN)
         for spot in spots(scene, width * TOKEN, height * TOKEN):
             left, top, right, bottom = (v / TOKEN for v in (spot.left, spot.top, spot.right, spot.bottom))
             rows = slice(max(0, round(top)), min(height, max(round(bottom), round(top) + 1)))
@@ -103,6 +110,7 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
         torch.from_numpy(pose).flatten(1, 2),
         torch.from_numpy(letters).flatten(1, 2),
         torch.from_numpy(cells.astype(np.float32)).flatten(3).flatten(1, 2),
+        torch.from_numpy(behind).flatten(1),
     )
 
 

@@ -1,9 +1,9 @@
 """Scene -> picture. Everything is drawn here, with gradients, polygons and ellipses; no picture is read from anywhere.
 
 Drawn at twice the size and averaged down, so edges are smooth at any resolution. Whatever stands somewhere stands on a
-grid of the transformer's tokens, a letter fills one, and all lengths come in two scales (:data:`SCALES`) whatever the
-picture's size: what a small network has to learn of a shape is then two sets of tokens, not one for every shift by a pixel
-and every length of a side.
+grid of the transformer's tokens, a letter fills one, and places and lengths go by the few :data:`SIDES` whatever the
+picture's size: what a small network has to learn of a shape is then two sets of tokens, at four places along each side, not one
+for every shift by a pixel and every length of a side.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ ORB = {"dawn": 0.35, "day": 0.65, "dusk": 0.65, "night": 0.35}
 SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
-SCALES = (16, 24)
-"""How many tokens the shorter side is taken to have, by which all lengths go."""
+SIDES = {16: 16, 18: 16, 24: 24, 32: 24}
+"""The presets' sides in tokens. Places go by the one of them that is nearest to a picture's side, counted from its top left
+corner, and lengths by that of the shorter side, each of which has a scale, also in tokens."""
 
 HOUSES = ((3, 0.18), (2, 0.36), (4, 0.18), (2, 0.18), (3, 0.36), (0, 0.36), (4, 0.36))
 """A city from left to right, over and over: height in sixteenths of the picture's scale (of 0 there is a gap), and how hazy."""
@@ -73,17 +74,19 @@ def mix(a: RGB, b: RGB, t: float) -> RGB:
 
 
 class Painter:
-    """A canvas with the light of one scene. Coordinates are canvas pixels; ``grid`` is the step of places, ``u`` what lengths
-    are fractions of."""
+    """A canvas with the light of one scene. Coordinates are canvas pixels; ``grid`` is the step of places, ``across`` and ``down``
+    are the sides that they are fractions of, ``u`` is what lengths are fractions of."""
 
     def __init__(self, scene: Scene, width: int, height: int, token: float = TOKEN) -> None:
         self.scene = scene
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         side = min(self.w, self.h)
         self.grid = grid_step(side, token * SUPERSAMPLE)
-        self.u = self.grid * min(SCALES, key=lambda scale: abs(scale - side / self.grid))
+        across, down = (min(SIDES, key=lambda known: abs(known - length / self.grid)) for length in (self.w, self.h))
+        self.across, self.down = across * self.grid, down * self.grid
+        self.u = SIDES[min(across, down)] * self.grid
         self.rng = random.Random(scene.seed)
-        self.horizon = self.snap(self.h * 0.58)
+        self.horizon = self.snap(self.down * 0.58)
         self.earth: list[RGB] = []
         ambient = np.array(AMBIENT[scene.time])
         if scene.weather in ("rain", "snow"):
@@ -107,12 +110,12 @@ class Painter:
         return tuple(int(min(255, c * a * shade)) for c, a in zip(colour, self.ambient, strict=True))  # type: ignore[return-value]
 
     def gradient(self, top: float, bottom: float, colours: list[RGB]) -> None:
-        """Fill rows top..bottom with a smooth vertical gradient through ``colours``."""
-        y0, y1 = max(0, round(top)), min(self.h, round(bottom))
-        position = np.linspace(0, len(colours) - 1, y1 - y0)
+        """A smooth vertical gradient through ``colours`` from ``top`` to ``bottom``, and on with the last one below."""
+        y0, y1 = round(top), round(bottom)
+        position = np.arange(self.h - y0) * (len(colours) - 1) / (y1 - y0 - 1)
         table = np.array(colours, dtype=np.float64)
         rows = np.stack([np.interp(position, range(len(colours)), table[:, c]) for c in range(3)], -1)
-        strip = Image.fromarray(np.rint(rows).astype(np.uint8)[:, None, :]).resize((self.w, y1 - y0))
+        strip = Image.fromarray(np.rint(rows).astype(np.uint8)[:, None, :]).resize((self.w, self.h - y0))
         self.image.paste(strip, (0, y0))
 
     def glow(self, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
@@ -145,9 +148,9 @@ class Painter:
         self.gradient(0, self.horizon + 2, [top, mix(top, low, 0.4), low])
         if s.time == "night" and s.weather == "clear":
             self.stars()
-        if s.orb:
+        if s.weather == "clear":
             self.orb()
-        if s.weather != "clear":
+        else:
             self.clouds()
 
     def stars(self) -> None:
@@ -158,7 +161,7 @@ class Painter:
 
     def orb(self) -> None:
         s = self.scene
-        x = self.snap(self.w * ORB[s.time])
+        x = self.snap(self.across * ORB[s.time])
         if s.time == "night":
             y, r = self.snap(self.horizon * 0.28), self.u * 0.055
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
@@ -173,12 +176,11 @@ class Painter:
         self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
         self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35))
 
-    def along(self, step: float, ways: int) -> Iterator[tuple[int, float]]:
-        """Places from the left edge to the right one, ``step`` scales apart, and their numbers; where the first one is, and its
-        number, is one of so many ways. Were each place any, a small network would have to settle each, and mixes some up."""
-        way = self.rng.randrange(ways)
+    def along(self, step: float) -> Iterator[tuple[int, float]]:
+        """Numbered places from the left edge to the right one, ``step`` scales apart. They are the same in every picture: were they
+        any, a small network would have to settle each, and mixes some up."""
         for i in range(math.ceil(self.w / (self.u * step)) + 2):
-            yield i + way, self.snap(self.u * step * (i - way / ways))
+            yield i, self.snap(self.u * step * i)
 
     def clouds(self) -> None:
         s = self.scene
@@ -186,7 +188,7 @@ class Painter:
         if s.weather in ("rain", "snow"):
             base = mix(base, (120, 126, 138) if s.time != "night" else (34, 38, 52), 0.6)
         size = self.u * 0.058
-        for i, x in self.along(0.3125, 2):
+        for i, x in self.along(0.3125):
             y = self.snap(self.horizon * (0.2, 0.45)[i % 2])
             for shade, drop in ((0.9, 0.22), (1.0, 0.0)):
                 colour = tuple(int(c * shade) for c in base)
@@ -205,7 +207,7 @@ class Painter:
 
     def hills(self, haze: RGB) -> None:
         green = (96, 140, 92) if self.scene.ground != "snow" else (186, 198, 214)
-        tops = list(self.along(0.5, 2))
+        tops = list(self.along(0.5))
         for height, shade, shift in ((0.15, 0.45, 0), (0.09, 0.2, 0.25)):
             for _, x in tops:
                 colour = mix(self.lit(green), haze, shade)
@@ -215,7 +217,7 @@ class Painter:
 
     def mountains(self, haze: RGB) -> None:
         dark = self.scene.time == "night"
-        peaks = list(self.along(0.375, 3))
+        peaks = list(self.along(0.375))
         for tall, shade, shift in ((0.3, 0.5, 0), (0.19, 0.25, 0.1875)):
             rock = mix(self.lit((150, 156, 172) if dark else (98, 104, 128)), haze, shade)
             for i, left in peaks:
@@ -242,7 +244,7 @@ class Painter:
         lights = self.scene.time in ("night", "dusk")
         width = self.grid * max(1, round(self.u * 0.085 / self.grid))
         cell = width / 3
-        for i, x in self.along(width / self.u, 3):
+        for i, x in self.along(width / self.u):
             storeys, shade = HOUSES[i % len(HOUSES)]
             top = self.horizon - self.snap(self.u * storeys / 16)
             wall = mix(self.lit((110, 116, 138)), haze, shade)
@@ -258,10 +260,10 @@ class Painter:
         s = self.scene
         near = self.lit(GROUND[s.ground])
         far = mix(near, SKIES[s.time][1], 0.45 if s.ground != "sea" else 0.55)
-        self.gradient(self.horizon, self.h, [far, mix(far, near, 0.7), near])
+        self.gradient(self.horizon, self.down, [far, mix(far, near, 0.7), near])
         self.earth = [self.image.getpixel((0, y)) for y in range(self.h)]  # type: ignore[misc]
         for i in range(7):
-            y = self.horizon + (self.h - self.horizon) * (i + 0.5) / 7
+            y = self.horizon + (self.down - self.horizon) * (i + 0.5) / 7
             if s.ground == "sea":
                 for _ in range(2):
                     x = self.snap(self.rng.uniform(0, self.w))
@@ -321,9 +323,9 @@ class Painter:
 
     def stand(self, thing: Thing) -> tuple[float, float, float]:
         """Where a thing stands: x of its middle, y of its foot, and its size."""
-        foot = self.horizon + (self.h - self.horizon) * DEPTH[thing.size]
+        foot = self.horizon + (self.down - self.horizon) * DEPTH[thing.size]
         y = self.snap(self.horizon * 0.78 if thing.kind == "balloon" else foot)
-        return self.snap(self.w * PLACE[thing.place]), y, self.u * HEIGHT[thing.size]
+        return self.snap(self.across * PLACE[thing.place]), y, self.u * HEIGHT[thing.size]
 
     def thing(self, thing: Thing) -> None:
         x, y, size = self.stand(thing)
@@ -349,8 +351,8 @@ class Painter:
     def board(self, sign: Sign) -> tuple[float, float]:
         """Where a sign stands: the left edge and the foot of its first letter. Each letter fills a cell of the grid."""
         width = len(sign.word) * self.grid
-        left = self.snap(self.w * PLACE[sign.place] - width / 2)
-        foot = self.snap(self.horizon + (self.h - self.horizon) * 0.36)
+        left = self.snap(self.across * PLACE[sign.place] - width / 2)
+        foot = self.snap(self.horizon + (self.down - self.horizon) * 0.36)
         return min(max(left, 0), self.w - width), foot - self.grid
 
     def sign(self, sign: Sign) -> None:
@@ -647,6 +649,22 @@ class Outliner(Painter):
         return np.asarray(drawn.reduce(SUPERSAMPLE * finer)) > 127
 
 
+class Bare(Painter):
+    """Draws a landscape of which nothing but sky and ground is left."""
+
+    def orb(self) -> None:
+        pass
+
+    def clouds(self) -> None:
+        pass
+
+    def backdrop(self) -> None:
+        pass
+
+    def trees(self) -> None:
+        pass
+
+
 CELL = 8
 """Pixels along one side of a cell of a thing's outline, and how much smaller than a picture :func:`spots` draws."""
 
@@ -686,6 +704,18 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
         box = (x - 0.6 * size, y - 1.1 * size, x + 0.6 * size, y + 0.08 * size)
         found.append(Spot(thing, *(v * scale for v in box), outline=p.outline(thing, x, y, size)))
     return found
+
+
+def scenery(scene: Scene, width: int, height: int) -> np.ndarray:
+    """On which cells of the grid the sun or moon, clouds, the backdrop and trees show, bool [height / TOKEN, width / TOKEN]."""
+    full, bare = (kind(scene, width // CELL, height // CELL, TOKEN / CELL) for kind in (Painter, Bare))
+    for painter in (full, bare):
+        painter.landscape()
+    apart = np.abs(np.asarray(full.image, dtype=int) - np.asarray(bare.image)).max(-1) > 12
+    apart[round(full.horizon + full.grid) :] = False  # where waves fall otherwise
+    side = TOKEN * SUPERSAMPLE // CELL
+    cells = apart.reshape(apart.shape[0] // side, side, apart.shape[1] // side, side).mean((1, 3))
+    return cells > 0.05
 
 
 def render(scene: Scene, width: int, height: int, token: float = TOKEN) -> Image.Image:

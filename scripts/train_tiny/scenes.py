@@ -208,7 +208,8 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. ``seed`` fixes what no word names: where clouds, stars, peaks, buildings and trees are."""
+    """Everything a picture shows. ``seed`` fixes what no word names: where stars, trees, waves and patches of the ground are.
+    A clear sky has the sun or the moon, any other one clouds."""
 
     time: str
     weather: str
@@ -217,7 +218,6 @@ class Scene:
     trees: str
     things: tuple[Thing, ...]
     sign: Sign | None
-    orb: bool  # sun or moon visible
     seed: int
 
 
@@ -245,7 +245,6 @@ def random_thing(rng: random.Random, place: str, ground: str, crowded: bool) -> 
 def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
     """Draw a scene. ``signs`` is the share of scenes with a sign."""
     ground = rng.choice(GROUNDS)
-    weather = rng.choices(WEATHERS, (4, 3, 2, 2))[0]
     places = list(PLACES)
     sign = None
     if rng.random() < signs:
@@ -256,13 +255,12 @@ def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
     things = tuple(random_thing(rng, place, ground, count + (sign is not None) > 1) for place in chosen)
     return Scene(
         time=rng.choice(TIMES),
-        weather=weather,
+        weather=rng.choices(WEATHERS, (4, 3, 2, 2))[0],
         ground=ground,
         backdrop=rng.choices(BACKDROPS, (4, 3, 2, 2))[0],
         trees="none" if ground == "sea" else rng.choices(TREES, (5, 3, 2))[0],
         things=things,
         sign=sign,
-        orb=weather == "clear" and rng.random() < 0.7,
         seed=rng.getrandbits(32),
     )
 
