@@ -10,6 +10,7 @@ import pytest
 from benchmarks import judge, quality
 from flux2_local.bench import environment
 from scripts.train_tiny.render import render
+from scripts.train_tiny.scenes import Thing
 
 
 def test_the_autoencoder_keeps_what_it_is_given():
@@ -38,7 +39,8 @@ def test_one_object_is_told_from_two_and_its_usual_colour_from_others():
         for asked, shown in ((lone, lone), (two, two), (lone, odd))
     )
     assert min(right.values()) >= 90 and twice["once"] <= 10 and green["unsaid"] <= 10 < green["once"]
-    assert quality.lone_prompts(lone[:1]) == ["a ball on the sand at night"]
+    ball = replace(lone[0], ground="sand", time="night", things=(Thing("ball", "orange", "medium", "center"),))
+    assert quality.lone_prompts([ball]) == ["a ball on the sand at night"]
 
 
 def test_the_table_has_a_row_per_score():
