@@ -153,7 +153,7 @@ def test_the_lean_forward_takes_tokens_in_any_order_and_number():
 
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (384, 216)])
 def test_things_lie_in_their_spots(width, height):
-    chosen = [s for s in scenes(1500) if len(s.things) == 1 and s.sign is None and s.time == "day"]
+    chosen = [s for s in scenes(4000) if len(s.things) == 1 and s.sign is None and s.time == "day"]
     chosen = [s for s in chosen if s.weather in ("clear", "cloudy") and s.ground != "sea"]
     assert {s.things[0].kind for s in chosen} == set(KINDS)
     outlined = []
