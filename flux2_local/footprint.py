@@ -200,6 +200,7 @@ class Setup:
         place: a card that runs none of Triton's kernels; None elsewhere.
         summed: whether int8 products leave int32 sums.
         unfolding: whether convolutions write their pictures out (:func:`flux2_local.hardware.unfolds_convolutions`).
+        widening: whether torchao's int8 products make the weights in 32 bit (:func:`flux2_local.hardware.widens_int8_weights`).
     """
 
     arch: Architecture
@@ -217,6 +218,7 @@ class Setup:
     place: Place | None = None
     summed: bool = False
     unfolding: bool = False
+    widening: bool = True
 
     def rows(self, work: Work) -> int:
         """Of the batch that goes through the transformer."""
@@ -419,6 +421,7 @@ class _Replaced(nn.Module):
         super().__init__()
         self.rows, self.columns, self.form = layer.out_features, layer.in_features, form
         self.dtype, self.summed = DTYPES[setup.dtype], setup.summed and form.product == "int8"
+        self.widening = setup.widening
         quantizes = form.backend == "builtin" and (form.rounded or not form.group)
         self.quantizer = Quantizer(torch.int8, form.rotation, _quantized) if quantizes else None
 
@@ -433,14 +436,15 @@ class _Replaced(nn.Module):
         return out
 
     def _spell_out(self, x: Tensor) -> None:
-        """Rows in float32, twice while they are rounded; then as int8, beside sums in 32 bit and either the weights in 32 bit, which a
-        CPU with VNNI and without AMX adds up, or the sums in float32 and what they are scaled to."""
+        """Rows in float32, twice while they are rounded; then as int8, beside sums in 32 bit and first the weights in 32 bit, if at
+        all, then the sums in float32 and what they are scaled to."""
         torch.empty(2, *x.shape)
-        rows = torch.empty(x.shape, dtype=torch.int8)
-        sums = torch.empty(*x.shape[:-1], self.rows, dtype=torch.int32)
-        torch.empty(self.rows, self.columns, dtype=torch.int32)
-        torch.empty(2, *sums.shape)
-        del rows
+        sums = (*x.shape[:-1], self.rows)
+        held = torch.empty(x.shape, dtype=torch.int8), torch.empty(sums, dtype=torch.int32)
+        if self.widening:
+            torch.empty(self.rows, self.columns, dtype=torch.int32)
+        torch.empty(2, *sums)
+        del held
 
     def _beside(self, x: Input) -> int:
         """Bytes of rows that are quantized here, with their scales, or of weights that are unpacked."""

@@ -294,6 +294,12 @@ def unfolds_convolutions(dtype: str) -> bool:
     return not (torch.backends.mkldnn.is_available() and supported())
 
 
+def widens_int8_weights() -> bool:
+    """Whether torchao's int8 products add up the weights on this CPU, which makes them in 32 bit: with VNNI and without AMX. Source:
+    ``_int_scaled_matmul_cpu`` in torchao's ``kernel/intmm.py``."""
+    return "avx512_vnni" in cpu_flags() and "amx_tile" not in cpu_flags()
+
+
 def cpu_name() -> str:
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as f:

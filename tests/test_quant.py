@@ -19,6 +19,7 @@ from flux2_local import (
     RequestError,
     costs,
     footprint,
+    hardware,
     load,
     lora,
     mapping,
@@ -191,8 +192,26 @@ def test_cards_are_planned_with_what_their_products_allocate(monkeypatch, name, 
     assert times <= peak.peak / result.nbytes < times + 0.5
 
 
+@pytest.mark.parametrize("rows", [256, 1024])
+@pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx512_vnni"}), frozenset({"avx512_vnni", "amx_tile"})])
+def test_torchaos_int8_products_are_planned_as_each_cpu_computes_them(monkeypatch, flags, rows):
+    """Its ways of multiplying all run on every CPU."""
+    intmm = pytest.importorskip("torchao.kernel.intmm")
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(intmm, "_cpu_is_vnni_supported", lambda: "avx512_vnni" in flags)
+    monkeypatch.setattr(intmm, "_cpu_is_amx_tile_supported", lambda: "amx_tile" in flags)
+    test_layers_that_unpack_their_weights_are_planned_with_what_that_takes("torchao-int8-dynamic", rows)
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), [("torchao-int8-dynamic", 1024), ("torchao-int8", 256), ("torchao-fp8", 256), ("quanto-fp8", 256)]
+    ("name", "rows"),
+    [
+        ("torchao-int8-dynamic", 256),
+        ("torchao-int8-dynamic", 1024),
+        ("torchao-int8", 256),
+        ("torchao-fp8", 256),
+        ("quanto-fp8", 256),
+    ],
 )
 def test_layers_that_unpack_their_weights_are_planned_with_what_that_takes(name, rows):
     """What torch's own allocator gives out in a call, by its profiler: inside of tensor subclasses nothing else can look."""

@@ -1,7 +1,7 @@
 """Scene -> picture. Everything is drawn here, with gradients, polygons and ellipses; no picture is read from anywhere.
 
 Drawn at twice the size and averaged down, so edges are smooth at any resolution. Whatever stands somewhere stands on a
-grid of the transformer's tokens, a letter fills one, and places and lengths go by the few :data:`SIDES` whatever the
+grid of the transformer's tokens, a letter fills one, and places and lengths go by the few :data:`ANCHORS` whatever the
 picture's size: what a small network has to learn of a shape is then two sets of tokens, at four places along each side, not one
 for every shift by a pixel and every length of a side.
 """
@@ -57,7 +57,7 @@ ORB = {"dawn": 0.35, "day": 0.65, "dusk": 0.65, "night": 0.35}
 SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
-SIDES = {16: 16, 18: 16, 24: 24, 32: 24}
+ANCHORS = {16: 16, 18: 16, 24: 24, 32: 24}
 """The presets' sides in tokens. Places go by the one of them that is nearest to a picture's side, counted from its top left
 corner, and lengths by that of the shorter side, each of which has a scale, also in tokens."""
 
@@ -82,9 +82,9 @@ class Painter:
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         side = min(self.w, self.h)
         self.grid = grid_step(side, token * SUPERSAMPLE)
-        across, down = (min(SIDES, key=lambda known: abs(known - length / self.grid)) for length in (self.w, self.h))
+        across, down = (min(ANCHORS, key=lambda known: abs(known - length / self.grid)) for length in (self.w, self.h))
         self.across, self.down = across * self.grid, down * self.grid
-        self.u = SIDES[min(across, down)] * self.grid
+        self.u = ANCHORS[min(across, down)] * self.grid
         self.rng = random.Random(scene.seed)
         self.horizon = self.snap(self.down * 0.58)
         self.earth: list[RGB] = []
@@ -688,10 +688,8 @@ class Spot:
 
 
 def spots(scene: Scene, width: int, height: int) -> list[Spot]:
-    """Where :func:`render` puts the scene's things and its sign. Chance falls alike at every size, so a picture of an
-    eighth of the size tells it in half a millisecond."""
+    """Where :func:`render` puts the scene's things and its sign, told by a picture of an eighth of the size."""
     p = Outliner(scene, width // CELL, height // CELL, TOKEN / CELL)
-    p.landscape()
     scale = CELL / SUPERSAMPLE
     found = []
     if scene.sign is not None:
@@ -707,7 +705,8 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
 
 
 def scenery(scene: Scene, width: int, height: int) -> np.ndarray:
-    """On which cells of the grid the sun or moon, clouds, the backdrop and trees show, bool [height / TOKEN, width / TOKEN]."""
+    """On which cells of the grid the sun or moon, clouds, the backdrop and trees show, bool [height / TOKEN, width / TOKEN]. Chance
+    falls alike at every size, so a picture of an eighth of the size tells it."""
     full, bare = (kind(scene, width // CELL, height // CELL, TOKEN / CELL) for kind in (Painter, Bare))
     for painter in (full, bare):
         painter.landscape()
