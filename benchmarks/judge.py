@@ -25,11 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2_local.request import SIZES
-from scripts.train_tiny.captions import USUAL
 from scripts.train_tiny.data import HELD_OUT_SEED
 from scripts.train_tiny.lettering import ADVANCE, draw_word
 from scripts.train_tiny.render import TOKEN, grid_step, render
-from scripts.train_tiny.scenes import CLASSES, PLACES, QUESTIONS, SLOT, Scene, Thing, answers, classes, random_scene
+from scripts.train_tiny.scenes import (
+    CLASSES,
+    PLACES,
+    QUESTIONS,
+    SLOT,
+    USUAL,
+    Scene,
+    Thing,
+    answers,
+    classes,
+    random_scene,
+)
 from scripts.train_tiny.trainer import Run, Trainer, averaged, mixed
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -37,8 +47,8 @@ SIDE = 128
 """Pictures are read at SIDE×SIDE pixels, whatever their shape."""
 
 COUNTS = [len(classes(name)) for name, _ in QUESTIONS]
-GRIDS = [(width // TOKEN, height // TOKEN) for width, height in (*SIZES.values(), SIZES["square"])]
-"""The presets' width and height in tokens; 512², where most is measured, counts twice."""
+GRIDS = [(width // TOKEN, height // TOKEN) for width, height in SIZES.values()]
+"""The presets' width and height in tokens."""
 SHORTER = 256
 """Pixels along the shorter side of the drawings."""
 
@@ -173,10 +183,10 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
 
 
 def draw(seed: int) -> tuple[np.ndarray, list[int]]:
-    """A small drawing of what a picture of a preset's size, or of any between, shows: 16 to 32 tokens along each side."""
+    """A small drawing of what a picture of a preset's size shows or, as often, one of any size: 16 to 32 tokens along each side."""
     rng = random.Random(seed)
     scene = random_scene(rng)
-    across, down = rng.choice((*GRIDS, (rng.randint(16, 32), rng.randint(16, 32))))
+    across, down = rng.choice((rng.choice(GRIDS), (rng.randint(16, 32), rng.randint(16, 32))))
     token = SHORTER / min(across, down)
     picture = render(scene, round(across * token), round(down * token), token)
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)

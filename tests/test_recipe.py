@@ -24,11 +24,11 @@ from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
 from scripts.train_tiny import autoencoder, flow, language, latents, layout, network, restore, sample, steps, tokenizer
-from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIME, TREES, USUAL, WEATHER, caption, rich
+from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIME, TREES, WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, HEIGHT, ORB, SUPERSAMPLE, TOKEN, Painter, render, scenery, spots
-from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, random_scene
+from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, USUAL, random_scene
 from scripts.train_tiny.trainer import (
     Muon,
     Run,
@@ -291,7 +291,7 @@ def test_tokens_around_things_are_all_of_theirs_and_some_others():
 def test_a_hidden_state_that_knows_the_layout_tells_it():
     torch.manual_seed(0)
     shown = [s for s in scenes(60) if s.sign and s.things][:4]
-    found = (layout.shown(shown), *layout.layout(shown, (16, 16)))
+    found = (layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)]), *layout.layout(shown, (16, 16)))
     whole, kind, pose, letters, outline, scenery = found
     assert outline.any()
     everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)

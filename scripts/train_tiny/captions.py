@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 
-from .scenes import PLACES, Scene, Sign, Thing
+from .scenes import PLACES, USUAL, Scene, Sign, Thing
 
 TIME = {
     "day": (
@@ -139,23 +139,6 @@ COLOUR = {
     "pink": ("pink", "pink", "bright pink", "rose"),
     "white": ("white", "white", "pure white"),
 }
-USUAL = {
-    "house": "yellow",
-    "boat": "red",
-    "lighthouse": "red",
-    "car": "blue",
-    "balloon": "orange",
-    "ball": "orange",
-    "box": "purple",
-    "pyramid": "yellow",
-    "star": "yellow",
-    "heart": "red",
-    "flower": "pink",
-    "mushroom": "red",
-    "umbrella": "blue",
-    "rocket": "red",
-}
-"""The colour of a thing whose colour is not said."""
 SIZE = {"small": ("small", "tiny", "little"), "medium": ("medium-sized",), "large": ("large", "big", "huge", "giant")}
 PLACE = {
     "left": ("on the left", "on the left side", "to the left", "at the left"),

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from .latents import SERIES, Series
 from .layout import Teller, around, layout, shown
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
-from .scenes import Scene
 from .trainer import Run, Trainer, load_ema
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
@@ -38,7 +38,7 @@ SHARES = {
     "landscape_16_9": 1.5,
     "portrait_16_9": 1.5,
     "square_hd": 1.5,
-    "others": 9.0,
+    "others": 12.0,
 }
 """How often the series come up."""
 
@@ -170,23 +170,23 @@ class Samples(IterableDataset[Batch]):
             look, pool = WHOLE, np.flatnonzero(lengths >= whole).tolist()
         count = round(look.share * whole)
         chosen = sorted(rng.sample(pool, min(self.tokens // (count + TEXT_TOKENS), len(pool))))
-        scenes, *parts = zip(
+        scenes, grids, *parts = zip(
             *(self.part(series, i, rows[starts[i] : starts[i + 1]], count, look) for i in chosen), strict=True
         )
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
         x, cos, sin, *found = (torch.stack(part) for part in parts)
-        return Batch(x, shown(scenes), tuple(found), (cos, sin), prompts, look)
+        return Batch(x, shown(scenes, grids), tuple(found), (cos, sin), prompts, look)
 
     @staticmethod
-    def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> tuple[Scene, *tuple[Tensor, ...]]:
-        """A picture's scene, and of ``count`` of its tokens the latents, cos and sin with the text's before them, and layout."""
+    def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> tuple[Any, ...]:
+        """A picture's scene and grid, and of ``count`` of its tokens latents, cos and sin with the text's before them, and layout."""
         scene, grid = series.picture(row)
         found = layout([scene], grid)
         crowd = found[0] if look.share < 1 else torch.zeros_like(found[0])
         (kept,) = around(crowd, count)
         with_text = torch.cat([torch.arange(TEXT_TOKENS), TEXT_TOKENS + kept])
         tables = (table[with_text] for table in rotary(*grid, TEXT_TOKENS, "cpu"))
-        return scene, torch.from_numpy(rows[kept]), *tables, *(t[0, kept] for t in found)
+        return scene, grid, torch.from_numpy(rows[kept]), *tables, *(t[0, kept] for t in found)
 
 
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:

@@ -63,7 +63,7 @@ SERIES = {
     "landscape_16_9": Series(1500, 1_200_000, (18, 32)),
     "portrait_16_9": Series(1500, 1_300_000, (32, 18)),
     "square_hd": Series(1500, 1_400_000, (32, 32)),
-    "others": Series(6000, 1_500_000),
+    "others": Series(9000, 1_500_000),
 }
 """The smallest is what training begins with: what words mean can be learnt on a quarter of the tokens. Then the presets, and
 pictures of any size from 512 to 1024, a few of each, so that none is learnt by heart."""

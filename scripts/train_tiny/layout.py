@@ -3,13 +3,15 @@ counts too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import CONFIG
-from .render import CELL, TOKEN, scenery, spots
+from .render import ANCHORS, CELL, TOKEN, grid_step, nearest_side, scenery, spots
 from .scenes import CLASSES, KINDS, Scene, Sign, answers
 
 SIGN = len(KINDS) + 1
@@ -18,15 +20,16 @@ SIGN = len(KINDS) + 1
 LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
-SCENE = [len(values) for values in CLASSES.values()]
+SIDES = list(ANCHORS)
+SCENE = [*(len(values) for values in CLASSES.values()), len(SIDES), len(SIDES)]
 """How many answers there are to what :func:`shown` says, in turn."""
 
 
 class Teller(nn.Module):
-    """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token:
-    nothing but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, a
-    thing's outline, and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and the prompt
-    must have been read to tell."""
+    """Tells from a hidden state in the middle of the network what the picture shows as a whole and which preset's places it has
+    (its size shows only in where its last tokens lie), and what lies on the token: nothing but landscape, a kind of thing or a sign,
+    where in it the token lies, the letters under its left and right half, a thing's outline, and whether the landscape has more than
+    sky and ground there. In strong noise nothing shows yet, and the prompt must have been read to tell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,9 +73,15 @@ class Teller(nn.Module):
         return wrong + away + spelt + shaped + seen + behind
 
 
-def shown(scenes: list[Scene]) -> Tensor:
-    """Time, weather, ground, backdrop and trees of every scene as classes, [B, 5]."""
-    return torch.tensor([answers(scene)[: len(SCENE)] for scene in scenes])
+def shown(scenes: Sequence[Scene], grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Time, weather, ground, backdrop and trees of every scene, and by which presets' sides places go in a picture of so many tokens
+    down and across, as classes, [B, 7]."""
+    rows = []
+    for scene, (height, width) in zip(scenes, grids, strict=True):
+        step = grid_step(min(height, width), 1)
+        sides = [SIDES.index(nearest_side(length / step)) for length in (height, width)]
+        rows.append([*answers(scene)[: len(CLASSES)], *sides])
+    return torch.tensor(rows)
 
 
 def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -61,8 +61,8 @@ ANCHORS = {16: 16, 18: 16, 24: 24, 32: 24}
 """The presets' sides in tokens. Places go by the one of them that is nearest to a picture's side, counted from its top left
 corner, and lengths by that of the shorter side, each of which has a scale, also in tokens."""
 
-HOUSES = ((3, 0.18), (2, 0.36), (4, 0.18), (2, 0.18), (3, 0.36), (0, 0.36), (4, 0.36))
-"""A city from left to right, over and over: height in sixteenths of the picture's scale (of 0 there is a gap), and how hazy."""
+HOUSES = ((3, 0.18), (2, 0.36), (4, 0.18), (3, 0.36))
+"""A city from left to right, over and over: height in sixteenths of the picture's scale, and how hazy."""
 
 PUFFS = ((-1.6, -0.02, 0.6), (-0.75, -0.3, 0.85), (0.1, -0.4, 0.95), (0.9, -0.2, 0.8), (1.65, 0.0, 0.58))
 """A cloud: x and y of its discs and their radii, in sizes."""
@@ -82,7 +82,7 @@ class Painter:
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         side = min(self.w, self.h)
         self.grid = grid_step(side, token * SUPERSAMPLE)
-        across, down = (min(ANCHORS, key=lambda known: abs(known - length / self.grid)) for length in (self.w, self.h))
+        across, down = (nearest_side(length / self.grid) for length in (self.w, self.h))
         self.across, self.down = across * self.grid, down * self.grid
         self.u = ANCHORS[min(across, down)] * self.grid
         self.rng = random.Random(scene.seed)
@@ -161,9 +161,9 @@ class Painter:
 
     def orb(self) -> None:
         s = self.scene
-        x = self.snap(self.across * ORB[s.time])
+        x, r = self.snap(self.across * ORB[s.time]), 0.95 * self.snap(self.u * 0.07)  # of whole tokens
         if s.time == "night":
-            y, r = self.snap(self.horizon * 0.28), self.u * 0.055
+            y = self.snap(self.horizon * 0.28)
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
             self.disc(x, y, r, (240, 240, 222))
             for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
@@ -171,7 +171,6 @@ class Painter:
             return
         low = s.time in ("dawn", "dusk")
         y = self.snap(self.horizon * (0.79 if low else 0.25))
-        r = self.u * (0.075 if low else 0.06)
         colour: RGB = {"day": (255, 244, 190), "dawn": (255, 226, 178), "dusk": (255, 196, 96)}[s.time]  # type: ignore[assignment]
         self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
         self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35))
@@ -242,16 +241,15 @@ class Painter:
 
     def city(self, haze: RGB) -> None:
         lights = self.scene.time in ("night", "dusk")
-        width = self.grid * max(1, round(self.u * 0.085 / self.grid))
-        cell = width / 3
+        width, cell = self.snap(self.u * 0.125), self.grid / 2
         for i, x in self.along(width / self.u):
             storeys, shade = HOUSES[i % len(HOUSES)]
             top = self.horizon - self.snap(self.u * storeys / 16)
             wall = mix(self.lit((110, 116, 138)), haze, shade)
             self.rect(x, top, x + width - 1, self.horizon + 2, wall)
             for row in range(round((self.horizon - top) / cell)):
-                for k in range(3):
-                    on = lights and (k + 2 * row) % 3
+                for k in range(round(width / cell)):
+                    on = lights and (k % 2 or row % 2)
                     pane = (255, 224, 140) if on else mix(wall, (40, 46, 70), 0.35)
                     left, upper = x + cell * (k + 0.28), top + cell * (row + 0.3)
                     self.rect(left, upper, left + cell * 0.42, upper + cell * 0.5, pane)
@@ -378,6 +376,11 @@ def grid_step(side: float, token: float = TOKEN) -> float:
     """The step of places, and the side of a letter's cell, in a picture with this shorter side: a token, or a sixteenth of that
     side where it is less."""
     return min(token, side / 16)
+
+
+def nearest_side(steps: float) -> int:
+    """The one of :data:`ANCHORS` by which places go along a side of so many steps of the grid; of two as near the shorter one."""
+    return min(ANCHORS, key=lambda known: abs(known - steps))
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]

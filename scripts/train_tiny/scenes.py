@@ -14,22 +14,24 @@ WEATHERS = ("clear", "cloudy", "rain", "snow")
 GROUNDS = ("grass", "sand", "snow", "sea")
 BACKDROPS = ("none", "mountains", "hills", "city")
 TREES = ("none", "round", "pine")
-KINDS = (
-    "house",
-    "boat",
-    "lighthouse",
-    "car",
-    "balloon",
-    "ball",
-    "box",
-    "pyramid",
-    "star",
-    "heart",
-    "flower",
-    "mushroom",
-    "umbrella",
-    "rocket",
-)
+USUAL = {
+    "house": "yellow",
+    "boat": "red",
+    "lighthouse": "red",
+    "car": "blue",
+    "balloon": "orange",
+    "ball": "orange",
+    "box": "purple",
+    "pyramid": "yellow",
+    "star": "yellow",
+    "heart": "red",
+    "flower": "pink",
+    "mushroom": "red",
+    "umbrella": "blue",
+    "rocket": "red",
+}
+"""Kinds of thing, and the colour of one whose colour is not said."""
+KINDS = tuple(USUAL)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 SIZES = ("small", "medium", "large")
 PLACES = ("left", "center", "right")
@@ -239,7 +241,8 @@ def random_thing(rng: random.Random, place: str, ground: str, crowded: bool) -> 
     elif ground == "sea" and rng.random() < 0.25:
         kind = "boat"
     size = rng.choice(("small", "medium") if crowded else ("small", "medium", "medium", "large"))
-    return Thing(kind, rng.choice(COLOURS), size, place)
+    colour = USUAL[kind] if rng.random() < 0.25 else rng.choice(COLOURS)
+    return Thing(kind, colour, size, place)
 
 
 def random_scene(rng: random.Random, signs: float = 0.3) -> Scene:
