@@ -648,7 +648,9 @@ class Outliner(Painter):
         self.image = Image.new("RGB", (self.w * finer, self.h * finer), nothing)
         self.draw = ImageDraw.Draw(self.image)
         DRAW[thing.kind](self, x * finer, y * finer, size * finer, PAINT[thing.colour])
-        drawn = Image.fromarray((np.asarray(self.image) != nothing).any(-1).astype(np.uint8) * 255)
+        pixels = np.asarray(self.image)
+        red, green, blue = (pixels[..., i] != nothing[i] for i in range(3))  # any(-1) takes far longer
+        drawn = Image.fromarray((red | green | blue).astype(np.uint8) * 255)
         return np.asarray(drawn.reduce(SUPERSAMPLE * finer)) > 127
 
 
