@@ -38,7 +38,7 @@ SHARES = {
     "landscape_16_9": 1.5,
     "portrait_16_9": 1.5,
     "square_hd": 1.5,
-    "others": 12.0,
+    "others": 28.0,
 }
 """How often the series come up."""
 
