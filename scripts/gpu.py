@@ -211,9 +211,7 @@ def sanitize(run: Run) -> str:
 
 def ended(command: list[str], seconds: float, **how: Any) -> subprocess.CompletedProcess[str] | None:
     """A process that has ended; None if it took too long, and was interrupted so that it ends what it started, too."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # begun in a shell's background, and the process would ignore it too
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; the process would ignore it too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, **how) as process:
         try:
