@@ -72,7 +72,6 @@ EVERYDAY = CONTENDERS[1]
 OTHER_SIZES = (*(size for name, size in SIZES.items() if name != "square"), (800, 608), (672, 928))
 """Width and height in pixels: the presets but for the square of 512, and two between them."""
 
-
 DRAWINGS = 64
 """How many go through the autoencoder: of 16 the mean is a decibel off."""
 

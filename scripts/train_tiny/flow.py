@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,11 @@ from .latents import SERIES, Series
 from .layout import Teller, around, layout, shown
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
+from .scenes import Scene
 from .trainer import Run, Trainer, load_ema
+
+Part = tuple[Scene, tuple[int, int], *tuple[Tensor, ...]]
+"""What :meth:`Samples.part` makes of a picture."""
 
 TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
@@ -178,7 +181,7 @@ class Samples(IterableDataset[Batch]):
         return Batch(x, shown(scenes, grids), tuple(found), (cos, sin), prompts, look)
 
     @staticmethod
-    def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> tuple[Any, ...]:
+    def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> Part:
         """A picture's scene and grid, and of ``count`` of its tokens latents, cos and sin with the text's before them, and layout."""
         scene, grid = series.picture(row)
         found = layout([scene], grid)

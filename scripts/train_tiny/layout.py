@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import CONFIG
-from .render import ANCHORS, CELL, TOKEN, grid_step, nearest_side, scenery, spots
+from .render import ANCHORS, CELL, TOKEN, anchors, grid_step, scenery, spots
 from .scenes import CLASSES, KINDS, Scene, Sign, answers
 
 SIGN = len(KINDS) + 1
@@ -74,13 +74,12 @@ class Teller(nn.Module):
 
 
 def shown(scenes: Sequence[Scene], grids: Sequence[tuple[int, int]]) -> Tensor:
-    """Time, weather, ground, backdrop and trees of every scene, and by which presets' sides places go in a picture of so many tokens
-    down and across, as classes, [B, 7]."""
+    """Time, weather, ground, backdrop and trees of every scene, and by which presets' sides places go across and down in a picture of
+    so many tokens (height, width), as classes, [B, 7]."""
     rows = []
     for scene, (height, width) in zip(scenes, grids, strict=True):
-        step = grid_step(min(height, width), 1)
-        sides = [SIDES.index(nearest_side(length / step)) for length in (height, width)]
-        rows.append([*answers(scene)[: len(CLASSES)], *sides])
+        sides = anchors(width, height, grid_step(min(height, width), 1))
+        rows.append([*answers(scene)[: len(CLASSES)], *map(SIDES.index, sides)])
     return torch.tensor(rows)
 
 

@@ -82,7 +82,7 @@ class Painter:
         self.w, self.h = width * SUPERSAMPLE, height * SUPERSAMPLE
         side = min(self.w, self.h)
         self.grid = grid_step(side, token * SUPERSAMPLE)
-        across, down = (nearest_side(length / self.grid) for length in (self.w, self.h))
+        across, down = anchors(self.w, self.h, self.grid)
         self.across, self.down = across * self.grid, down * self.grid
         self.u = ANCHORS[min(across, down)] * self.grid
         self.rng = random.Random(scene.seed)
@@ -378,9 +378,10 @@ def grid_step(side: float, token: float = TOKEN) -> float:
     return min(token, side / 16)
 
 
-def nearest_side(steps: float) -> int:
-    """The one of :data:`ANCHORS` by which places go along a side of so many steps of the grid; of two as near the shorter one."""
-    return min(ANCHORS, key=lambda known: abs(known - steps))
+def anchors(width: float, height: float, step: float) -> tuple[int, int]:
+    """The ones of :data:`ANCHORS` by which places go across and down, of two as near the shorter; ``step`` is the grid's."""
+    across, down = (min(ANCHORS, key=lambda known: abs(known - length / step)) for length in (width, height))
+    return across, down
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
