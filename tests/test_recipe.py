@@ -310,13 +310,17 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     teller = layout.Teller()
     trainer = torch.optim.Adam(teller.parameters(), lr=0.03)
     weight = torch.ones(kind.shape)
-    before = float(teller(hidden, weight, *found).detach())
+
+    def wrong():
+        return teller(hidden, weight, *found), teller.placed(hidden, whole)
+
+    before = [float(loss.detach()) for loss in wrong()]
     for _ in range(150):
         trainer.zero_grad()
-        loss = teller(hidden, weight, *found)
+        loss = sum(wrong())
         loss.backward()
         trainer.step()
-    assert float(loss.detach()) < 0.1 * before
+    assert all(float(now.detach()) < 0.1 * then for now, then in zip(wrong(), before, strict=True))
 
 
 def test_latents_are_made_where_pictures_are_drawn_whatever_trains(tmp_path, monkeypatch):

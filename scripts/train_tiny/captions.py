@@ -81,7 +81,16 @@ GROUND = {
         "in a winter landscape",
         "on snowy ground",
     ),
-    "sea": ("at sea", "on the sea", "on the water", "on the ocean", "in the sea", "on a lake", "surrounded by water"),
+    "sea": (
+        "at sea",
+        "on the sea",
+        "on the water",
+        "on the ocean",
+        "in the sea",
+        "by the sea",
+        "on a lake",
+        "surrounded by water",
+    ),
 }
 BACKDROP = {
     "mountains": (
@@ -145,6 +154,8 @@ PLACE = {
     "center": ("in the center", "in the middle", "in the centre"),
     "right": ("on the right", "on the right side", "to the right", "at the right"),
 }
+JOINS = (*[" and "] * 6, *[", "] * 3, " next to ", " next to ", " beside ", " beside ", " by ", " near ")
+"""What stands between one and the next."""
 UNSAID = (("center",), ("left", "right"), PLACES)
 """Where one, two and three stand of which no place is said, in the order in which they are named."""
 STYLE = (
@@ -221,7 +232,7 @@ def subjects(scene: Scene, rng: random.Random, full: bool) -> str:
     for one in what:
         phrase = sign_phrase(one, rng) if isinstance(one, Sign) else thing_phrase(one, rng, full)
         parts.append(phrase if silent else f"{phrase} {rng.choice(PLACE[one.place])}")
-    return rng.choice((" and ", " and ", " next to ", ", ")).join(parts) if parts else ""
+    return rng.choice(JOINS).join(parts) if parts else ""
 
 
 def caption(scene: Scene, rng: random.Random, full: bool = False) -> str:

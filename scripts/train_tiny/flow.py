@@ -59,8 +59,13 @@ STRESS = 3.0
 """How much more a token counts that has a thing, a sign, or what the landscape has beside sky and ground: a sun is four tokens of
 256, things cover a tenth of a picture, and their shapes a part of that, while a prompt is about nothing else."""
 
-TOLD_AFTER = 1
-"""The single-stream block after which :class:`Teller` is asked."""
+PLACED_AFTER = 0
+"""The single-stream block after which :meth:`Teller.placed` is asked: as early as a token can know where the last ones lie, since
+what goes where is settled by it."""
+
+TOLD_AFTER = (1, 2)
+"""The single-stream blocks after which :class:`Teller` is asked: once all has been read, and again, to mend what does not fit
+together, before it is painted."""
 
 TOLD = 0.5
 """What its answers count beside the velocity. A hidden state that must name what lies where makes a small network learn
@@ -255,7 +260,9 @@ def flow_loss(
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
     weight = stress(kind > 0, sigma)
-    told = model.teller(hidden[TOLD_AFTER], weight, shown, kind, pose, letters, outline, scenery)
+    known = (weight, shown, kind, pose, letters, outline, scenery)
+    told = torch.stack([model.teller(hidden[block], *known) for block in TOLD_AFTER]).mean()
+    told = told + model.teller.placed(hidden[PLACED_AFTER], shown)
     weight = torch.maximum(weight, stress(scenery > 0, sigma))
     return (weight[..., None] * error.square()).mean() + TOLD * told
 

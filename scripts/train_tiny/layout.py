@@ -21,15 +21,15 @@ LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
 SIDES = list(ANCHORS)
-SCENE = [*(len(values) for values in CLASSES.values()), len(SIDES), len(SIDES)]
-"""How many answers there are to what :func:`shown` says, in turn."""
+SCENE = [len(values) for values in CLASSES.values()]
+"""How many answers there are to each question about a whole scene."""
 
 
 class Teller(nn.Module):
-    """Tells from a hidden state in the middle of the network what the picture shows as a whole and which preset's places it has
-    (its size shows only in where its last tokens lie), and what lies on the token: nothing but landscape, a kind of thing or a sign,
-    where in it the token lies, the letters under its left and right half, a thing's outline, and whether the landscape has more than
-    sky and ground there. In strong noise nothing shows yet, and the prompt must have been read to tell."""
+    """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token: nothing
+    but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, a thing's outline,
+    and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and the prompt must have been read
+    to tell. :meth:`placed` tells which preset's places the picture has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +37,7 @@ class Teller(nn.Module):
         self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
         self.outline = nn.Linear(width, CELLS * CELLS)
         self.scene = nn.Linear(width, sum(SCENE))
+        self.sides = nn.Linear(width, 2 * len(SIDES))
         self.landscape = nn.Linear(width, 1)
 
     def forward(
@@ -53,11 +54,7 @@ class Teller(nn.Module):
         """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`shown`, the others
         are as of :func:`layout`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
-        views = self.scene(hidden).transpose(1, 2).split(SCENE, 1)
-        seen = sum(
-            F.cross_entropy(view, right[:, None].expand(-1, view.shape[2]))
-            for view, right in zip(views, shown.unbind(1), strict=True)
-        )
+        seen = cross_entropies(self.scene(hidden), SCENE, shown[:, : len(SCENE)])
         k, p, a, b = self.layer(hidden).split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
         there = (kind > 0).float()
         wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
@@ -71,6 +68,22 @@ class Teller(nn.Module):
         ) / (2 * board.sum().clamp(min=1))
         behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], scenery)
         return wrong + away + spelt + shaped + seen + behind
+
+    def placed(self, hidden: Tensor, shown: Tensor) -> Tensor:
+        """How wrong it is on the preset's sides of ``shown``. A picture's size shows only in where its last tokens lie."""
+        hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
+        return cross_entropies(self.sides(hidden), [len(SIDES)] * 2, shown[:, len(SCENE) :])
+
+
+def cross_entropies(logits: Tensor, counts: list[int], right: Tensor) -> Tensor:
+    """The sum of cross entropies of questions with so many answers each, which all tokens [B, N, sum of counts] answer alike."""
+    views = logits.transpose(1, 2).split(counts, 1)
+    return torch.stack(
+        [
+            F.cross_entropy(view, answer[:, None].expand(-1, view.shape[2]))
+            for view, answer in zip(views, right.unbind(1), strict=True)
+        ]
+    ).sum()
 
 
 def shown(scenes: Sequence[Scene], grids: Sequence[tuple[int, int]]) -> Tensor:
