@@ -44,7 +44,7 @@ from scripts.train_tiny.trainer import Run, Trainer, averaged, mixed
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIDE = 128
-"""Pictures are read at SIDE×SIDE pixels, whatever their shape."""
+"""Pictures are read at SIDE×SIDE pixels, whatever their shape, which is told beside them."""
 
 COUNTS = [len(classes(name)) for name, _ in QUESTIONS]
 GRIDS = [(width // TOKEN, height // TOKEN) for width, height in SIZES.values()]
@@ -61,7 +61,7 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 128, 128)
+        widths = (5, 32, 64, 96, 128, 128)
         self.layers = nn.ModuleList()
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
             self.layers.append(nn.Conv2d(a, b, 3, stride=1 if i == 3 else 2, padding=1, bias=False))
@@ -70,7 +70,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(32 * 8 * 8, sum(COUNTS))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """[B, 3, SIDE, SIDE] in [-1, 1] -> logits of every question."""
+        """[B, 5, SIDE, SIDE] of :func:`to_input` -> logits of every question."""
         for conv, norm in zip(self.layers[::2], self.layers[1::2], strict=True):
             x = F.silu(norm(conv(x)))
         out = self.head(F.silu(self.squeeze(x)).flatten(1))
@@ -78,8 +78,17 @@ class Judge(nn.Module):
 
 
 def to_input(pictures: Sequence[Image.Image]) -> Tensor:
+    """The pictures' colours in [-1, 1] and what :func:`with_sides` adds, [B, 5, SIDE, SIDE]."""
     small = [np.asarray(p.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)) for p in pictures]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return with_sides(pixels, torch.tensor([[side / grid_step(min(p.size)) for side in p.size] for p in pictures]))
+
+
+def with_sides(pixels: Tensor, sides: Tensor) -> Tensor:
+    """[B, 3, SIDE, SIDE] and how many tokens lie across and down, [B, 2] -> [B, 5, SIDE, SIDE]. Where things stand goes by the
+    picture's size."""
+    planes = (sides[:, :, None, None] / 16 - 1.5).expand(-1, -1, SIDE, SIDE)
+    return torch.cat([pixels, planes], 1)
 
 
 @dataclass(frozen=True)
@@ -182,15 +191,16 @@ def read_sign(picture: Image.Image, length: int, place: str) -> str:
     return "".join(LETTERS[int(letter[y, x + i * step])] for i in range(length))
 
 
-def draw(seed: int) -> tuple[np.ndarray, list[int]]:
-    """A small drawing of what a picture of a preset's size shows or, as often, one of any size: 16 to 32 tokens along each side."""
+def draw(seed: int) -> tuple[np.ndarray, tuple[int, int], list[int]]:
+    """A small drawing of what a picture of a preset's size shows or, as often, one of any size, 16 to 32 tokens along each side; how
+    many those are across and down; and what it shows."""
     rng = random.Random(seed)
     scene = random_scene(rng)
     across, down = rng.choice((rng.choice(GRIDS), (rng.randint(16, 32), rng.randint(16, 32))))
     token = SHORTER / min(across, down)
     picture = render(scene, round(across * token), round(down * token), token)
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-    return np.asarray(picture), answers(scene)
+    return np.asarray(picture), (across, down), answers(scene)
 
 
 def varied(x: Tensor) -> Tensor:
@@ -212,15 +222,15 @@ def train(run: Run, pictures: int) -> None:
     """Draw, train, and write :data:`WEIGHTS`."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = list(pool.map(draw, range(SEED, SEED + pictures), chunksize=64))
-    pixels = torch.from_numpy(np.stack([p for p, _ in drawn])).permute(0, 3, 1, 2)
-    right = torch.tensor([a for _, a in drawn])
+    pixels = torch.from_numpy(np.stack([p for p, _, _ in drawn])).permute(0, 3, 1, 2)
+    sides, right = torch.tensor([s for _, s, _ in drawn]), torch.tensor([a for _, _, a in drawn])
     judge = Judge().to(memory_format=torch.channels_last)
     trainer = Trainer(run, "judge", judge, lr=2e-3, muon=5e-3, ema=0.998)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             chosen = torch.randint(len(pixels), (64,))
-            x = varied(pixels[chosen].float() / 127.5 - 1)
+            x = with_sides(varied(pixels[chosen].float() / 127.5 - 1), sides[chosen])
             yield x.contiguous(memory_format=torch.channels_last), right[chosen]
 
     trainer.fit(batches(), lambda x, y: loss_of(judge, x, y))

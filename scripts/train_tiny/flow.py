@@ -36,7 +36,7 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 
 SHARES = {
     "square": 5.0,
-    "landscape_4_3": 3.0,
+    "landscape_4_3": 9.0,
     "portrait_4_3": 1.5,
     "landscape_16_9": 1.5,
     "portrait_16_9": 1.5,

@@ -169,11 +169,10 @@ class Painter:
             for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
                 self.disc(x + dx * r, y + dy * r, k * r, (216, 216, 200))
             return
-        low = s.time in ("dawn", "dusk")
-        y = self.snap(self.horizon * (0.79 if low else 0.25))
-        colour: RGB = {"day": (255, 244, 190), "dawn": (255, 226, 178), "dusk": (255, 196, 96)}[s.time]  # type: ignore[assignment]
-        self.glow(x, y, r * (5 if low else 3.5), colour, 0.75)
-        self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35))
+        y = self.snap(self.horizon * (0.25 if s.time == "day" else 0.6))  # low, but above hills and most things
+        colour: RGB = {"day": (255, 244, 190), "dawn": (255, 232, 190), "dusk": (255, 206, 120)}[s.time]  # type: ignore[assignment]
+        self.glow(x, y, r * 3.5, colour, 0.75 if s.time == "day" else 0.4)
+        self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35 if s.time == "day" else 0.65))
 
     def along(self, step: float) -> Iterator[tuple[int, float]]:
         """Numbered places from the left edge to the right one, ``step`` scales apart. They are the same in every picture: were they
