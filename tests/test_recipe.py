@@ -514,6 +514,9 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     fresh = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4))
     load_ema(first.path, fresh)
     assert torch.equal(fresh[0].weight, first.average["0.weight"])
+    wider = torch.nn.Sequential(torch.nn.Linear(33, 32), torch.nn.Linear(32, 4))
+    with pytest.raises(ValueError, match=r"net.safetensors: 0.weight is \[32, 32\] .* \[32, 33\] .* Delete it"):
+        Trainer(run, "net", wider, 1e-3)
 
 
 def test_training_goes_on_from_an_exported_folder(tmp_path):

@@ -154,6 +154,9 @@ class Trainer:
         lr: peak learning rate of AdamW.
         muon: peak learning rate of :class:`Muon` for the matrices of blocks and layers; None: AdamW for all.
         ema: decay of the average per step, once warmed up.
+
+    Raises:
+        ValueError: the checkpoint that is there is of parameters of other shapes.
     """
 
     def __init__(
@@ -188,6 +191,11 @@ class Trainer:
     def resume(self) -> None:
         state, facts = load_state(self.path)
         self.step, self.seen = int(facts["step"]), int(facts["seen"])
+        for n, p in self.params.items():
+            if (there := state.get(f"model.{n}", p).shape) != p.shape:
+                raise ValueError(
+                    f"{self.path}: {n} is {list(there)} and has become {list(p.shape)} since. Delete it to begin anew."
+                )
         with torch.no_grad():
             for n, p in self.params.items():
                 if f"model.{n}" not in state:  # added since
