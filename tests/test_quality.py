@@ -6,10 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
 from benchmarks import judge, quality
 from flux2_local.bench import environment
-from scripts.train_tiny.render import render
+from scripts.train_tiny.render import TOKEN, render
 from scripts.train_tiny.scenes import Thing
 
 
@@ -46,6 +48,14 @@ def test_one_object_is_told_from_two_and_its_usual_colour_from_others():
 def test_the_table_has_a_row_per_score():
     scores = [quality.Score("a", 0.0, {"time": 90.0}), quality.Score("b", 1.5, {"time": 80.0}, 30.0, 0.9)]
     assert quality.table(scores).splitlines()[2:] == ["| a |  |  |  | 90 |", "| b | 1.50 | 30.0 | 0.9000 | 80 |"]
+
+
+def test_the_judge_is_told_a_pictures_sides_as_it_learnt_them():
+    sides = [judge.draw(seed)[1] for seed in range(6)]
+    assert any(across != down for across, down in sides)
+    told = judge.to_input([Image.new("RGB", (across * TOKEN, down * TOKEN)) for across, down in sides])
+    assert told.equal(judge.with_sides(told[:, :3], torch.tensor(sides)))
+    assert told.flatten(2)[:, 3:].amin(-1).tolist() == [[across / 16 - 1.5, down / 16 - 1.5] for across, down in sides]
 
 
 def test_other_sizes_are_shown_before_their_ceiling():

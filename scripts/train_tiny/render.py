@@ -54,6 +54,13 @@ DEPTH = {"small": 0.30, "medium": 0.30, "large": 0.42}  # of the ground, where a
 PLACE = {"left": 0.21, "center": 0.5, "right": 0.79}  # of the width
 ORB = {"dawn": 0.35, "day": 0.65, "dusk": 0.65, "night": 0.35}
 """Where the sun or moon stands, of the width. Were it anywhere, a small network would sometimes draw two."""
+SUN: dict[str, tuple[float, RGB, float, float]] = {
+    "day": (0.25, (255, 244, 190), 0.75, 0.35),
+    "dawn": (0.6, (255, 232, 190), 0.4, 0.65),
+    "dusk": (0.6, (255, 206, 120), 0.4, 0.65),
+}
+"""How far down to the horizon the sun stands, low ones above hills and most things; its colour, how much of it its glow has, and how
+much white is in the sun itself. One that hardly differs from its glow is learnt badly."""
 SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
@@ -169,10 +176,10 @@ class Painter:
             for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
                 self.disc(x + dx * r, y + dy * r, k * r, (216, 216, 200))
             return
-        y = self.snap(self.horizon * (0.25 if s.time == "day" else 0.6))  # low, but above hills and most things
-        colour: RGB = {"day": (255, 244, 190), "dawn": (255, 232, 190), "dusk": (255, 206, 120)}[s.time]  # type: ignore[assignment]
-        self.glow(x, y, r * 3.5, colour, 0.75 if s.time == "day" else 0.4)
-        self.disc(x, y, r, mix(colour, (255, 255, 255), 0.35 if s.time == "day" else 0.65))
+        height, colour, glow, white = SUN[s.time]
+        y = self.snap(self.horizon * height)
+        self.glow(x, y, r * 3.5, colour, glow)
+        self.disc(x, y, r, mix(colour, (255, 255, 255), white))
 
     def along(self, step: float) -> Iterator[tuple[int, float]]:
         """Numbered places from the left edge to the right one, ``step`` scales apart. They are the same in every picture: were they
