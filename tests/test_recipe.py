@@ -27,8 +27,8 @@ from scripts.train_tiny import autoencoder, flow, language, latents, layout, net
 from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIME, TREES, WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
-from scripts.train_tiny.render import CELL, HEIGHT, ORB, SUPERSAMPLE, TOKEN, Painter, render, scenery, spots
-from scripts.train_tiny.scenes import HELD_OUT_WORDS, KINDS, PLACES, USUAL, random_scene
+from scripts.train_tiny.render import CELL, HEIGHT, ORB, SKIES, SUPERSAMPLE, TOKEN, Painter, render, scenery, spots
+from scripts.train_tiny.scenes import COLOURS, HELD_OUT_WORDS, KINDS, PLACES, USUAL, random_scene
 from scripts.train_tiny.trainer import (
     Muon,
     Run,
@@ -158,7 +158,8 @@ def test_things_lie_in_their_spots(width, height):
     assert {s.things[0].kind for s in chosen} == set(KINDS)
     outlined = []
     for scene in chosen[:80]:
-        (spot,) = spots(scene, width, height)
+        *behind, spot = spots(scene, width, height)
+        assert [one.what for one in behind] == ["orb"] * (scene.weather == "clear")
         bare = dataclasses.replace(scene, things=())
         there = np.asarray(render(scene, width, height)) != np.asarray(render(bare, width, height))
         ys, xs = there.any(-1).nonzero()
@@ -178,14 +179,42 @@ def test_things_lie_in_their_spots(width, height):
 def test_the_layout_spells_what_the_sign_says():
     signs = [s for s in scenes(800) if s.sign is not None and len(s.sign.word) <= 4 and not s.things]
     assert len(signs) > 3
-    kind, pose, letters, outline, _ = layout.layout(signs, (16, 16))
-    assert not outline.any()
+    kind, colour, pose, letters, outline, _ = layout.layout(signs, (16, 16))
+    assert (colour == layout.PLAIN).all()
+    assert not outline[kind != layout.ORB].any()
     for scene, k, p, row in zip(signs, kind, pose, letters, strict=True):
-        assert set(k.tolist()) == {0, layout.SIGN}
+        assert set(k.tolist()) - {layout.ORB} == {0, layout.SIGN}
         assert p[k > 0][:, :2].abs().max() < 1.5
         assert not row[k == 0].any()
         assert torch.equal(row[:, 0], row[:, 1]), "a letter fills a token"
         assert "".join(chr(64 + n) for n in row[:, 0].tolist() if n) == scene.sign.word
+
+
+def test_the_layout_knows_what_colour_things_are():
+    some = [s for s in scenes(200) if s.things and not s.sign]
+    for scene, kind, colour in zip(some, *layout.layout(some, (16, 16))[:2], strict=True):
+        own = {KINDS.index(thing.kind) + 1: COLOURS.index(thing.colour) for thing in scene.things}
+        for number, there in zip(kind.tolist(), colour.tolist(), strict=True):
+            assert there == own.get(number, layout.PLAIN) or len(scene.things) > len(own), scene.things
+
+
+@pytest.mark.parametrize("time", sorted(SKIES))
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (1024, 768), (672, 928)])
+def test_the_layout_knows_where_sun_and_moon_are(time, width, height):
+    clear = dataclasses.replace(
+        scenes(1)[0], time=time, weather="clear", backdrop="none", trees="none", things=(), sign=None
+    )
+    grid = (height // TOKEN, width // TOKEN)
+    kind, _, _, _, outline, scenery = layout.layout([clear], grid)
+    white = np.asarray(render(clear, width, height)).min(-1) > 200
+    white[int(Painter(clear, width, height).horizon / SUPERSAMPLE) - TOKEN :] = False
+    disc = white.reshape(height // CELL, CELL, width // CELL, CELL).mean((1, 3)) > 0.5  # which stars are too small for
+    there = disc.reshape(grid[0], 4, grid[1], 4).any((1, 3)).flatten()
+    assert np.array_equal(kind[0].numpy() == layout.ORB, there)
+    assert there.sum() in (4, 16)
+    cells = outline.reshape(*grid, 4, 4).permute(0, 2, 1, 3).reshape(disc.shape).numpy() > 0
+    assert (cells & disc).sum() > 0.8 * (cells | disc).sum()
+    assert scenery[0][torch.from_numpy(there)].all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(512, 512), (1024, 768), (576, 1024), (608, 864)])
@@ -292,13 +321,14 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     torch.manual_seed(0)
     shown = [s for s in scenes(60) if s.sign and s.things][:4]
     found = (layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)]), *layout.layout(shown, (16, 16)))
-    whole, kind, pose, letters, outline, scenery = found
+    whole, kind, colour, pose, letters, outline, scenery = found
     assert outline.any()
     everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)
     hidden = torch.cat(
         [
             everywhere,
-            F.one_hot(kind, layout.SIGN + 1),
+            F.one_hot(kind, layout.ORB + 1),
+            F.one_hot(1 + colour, 1 + len(COLOURS)),
             pose,
             F.one_hot(letters, 27).flatten(2),
             outline,

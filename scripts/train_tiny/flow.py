@@ -35,12 +35,12 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
 SHARES = {
-    "square": 5.0,
-    "landscape_4_3": 9.0,
-    "portrait_4_3": 1.5,
-    "landscape_16_9": 1.5,
-    "portrait_16_9": 1.5,
-    "square_hd": 1.5,
+    "square": 7.0,
+    "landscape_4_3": 12.0,
+    "portrait_4_3": 2.0,
+    "landscape_16_9": 2.0,
+    "portrait_16_9": 2.0,
+    "square_hd": 2.0,
     "others": 28.0,
 }
 """How often the series come up."""
@@ -250,6 +250,7 @@ def flow_loss(
     x: Tensor,
     target: Tensor,
     kind: Tensor,
+    colour: Tensor,
     pose: Tensor,
     letters: Tensor,
     outline: Tensor,
@@ -260,7 +261,7 @@ def flow_loss(
     hidden: list[Tensor] = []
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
     weight = stress(kind > 0, sigma)
-    known = (weight, shown, kind, pose, letters, outline, scenery)
+    known = (weight, shown, kind, colour, pose, letters, outline, scenery)
     told = torch.stack([model.teller(hidden[block], *known) for block in TOLD_AFTER]).mean()
     told = told + model.teller.placed(hidden[PLACED_AFTER], shown)
     weight = torch.maximum(weight, stress(scenery > 0, sigma))

@@ -4,6 +4,7 @@ counts too."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from .network import CONFIG
 from .render import ANCHORS, CELL, TOKEN, anchors, grid_step, scenery, spots
-from .scenes import CLASSES, KINDS, Scene, Sign, answers
+from .scenes import CLASSES, COLOURS, KINDS, Scene, Sign, Thing, answers
 
-SIGN = len(KINDS) + 1
-"""The number of a sign among kinds; 0 is landscape."""
+SIGN, ORB = len(KINDS) + 1, len(KINDS) + 2
+"""The numbers of a sign and of the sun or moon among kinds; 0 is landscape."""
+
+PLAIN = -1
+"""The number among colours of what has none of its own."""
 
 LETTERS = 1 + 26
 POSE = 3
@@ -27,14 +31,15 @@ SCENE = [len(values) for values in CLASSES.values()]
 
 class Teller(nn.Module):
     """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token: nothing
-    but landscape, a kind of thing or a sign, where in it the token lies, the letters under its left and right half, a thing's outline,
-    and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and the prompt must have been read
-    to tell. :meth:`placed` tells which preset's places the picture has."""
+    but landscape, a kind of thing, a sign, the sun or moon, its colour, where in it the token lies, the letters under the token's left
+    and right half, its outline, and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and
+    the prompt must have been read to tell. :meth:`placed` tells which preset's places the picture has."""
 
     def __init__(self) -> None:
         super().__init__()
         width = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
-        self.layer = nn.Linear(width, SIGN + 1 + POSE + 2 * LETTERS)
+        self.layer = nn.Linear(width, ORB + 1 + POSE + 2 * LETTERS)
+        self.colour = nn.Linear(width, len(COLOURS))
         self.outline = nn.Linear(width, CELLS * CELLS)
         self.scene = nn.Linear(width, sum(SCENE))
         self.sides = nn.Linear(width, 2 * len(SIDES))
@@ -46,6 +51,7 @@ class Teller(nn.Module):
         weight: Tensor,
         shown: Tensor,
         kind: Tensor,
+        colour: Tensor,
         pose: Tensor,
         letters: Tensor,
         outline: Tensor,
@@ -55,9 +61,11 @@ class Teller(nn.Module):
         are as of :func:`layout`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
         seen = cross_entropies(self.scene(hidden), SCENE, shown[:, : len(SCENE)])
-        k, p, a, b = self.layer(hidden).split([SIGN + 1, POSE, LETTERS, LETTERS], -1)
+        k, p, a, b = self.layer(hidden).split([ORB + 1, POSE, LETTERS, LETTERS], -1)
         there = (kind > 0).float()
         wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
+        painted = F.cross_entropy(self.colour(hidden).transpose(1, 2), colour, ignore_index=PLAIN, reduction="sum")
+        painted = painted / (colour != PLAIN).sum().clamp(min=1)
         away = (there * (p - pose).square().mean(-1)).sum() / there.sum().clamp(min=1)
         board = (kind == SIGN).float()
         drawn = F.binary_cross_entropy_with_logits(self.outline(hidden), outline, reduction="none").mean(-1)
@@ -67,7 +75,7 @@ class Teller(nn.Module):
             for i, x in enumerate((a, b))
         ) / (2 * board.sum().clamp(min=1))
         behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], scenery)
-        return wrong + away + spelt + shaped + seen + behind
+        return wrong + painted + away + spelt + shaped + seen + behind
 
     def placed(self, hidden: Tensor, shown: Tensor) -> Tensor:
         """How wrong it is on the preset's sides of ``shown``. A picture's size shows only in where its last tokens lie."""
@@ -96,12 +104,13 @@ def shown(scenes: Sequence[Scene], grids: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(rows)
 
 
-def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What lies on every token: its kind [B, N], 0 for landscape; where in it the token's middle lies and how large it is
-    [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things cover [B, N, 16]; whether
-    the landscape has more than sky and ground there [B, N], 1 or 0."""
+def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, ...]:
+    """What lies on every token: its kind [B, N], 0 for landscape; its colour [B, N]; where in it the token's middle lies and how large
+    it is [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things or sun cover
+    [B, N, 16]; whether the landscape has more than sky and ground there [B, N], 1 or 0."""
     height, width = bucket
     kind = np.zeros((len(scenes), height, width), np.int64)
+    colour = np.full_like(kind, PLAIN)
     pose = np.zeros((len(scenes), height, width, POSE), np.float32)
     letters = np.zeros((len(scenes), height, width, 2), np.int64)
     outline = np.zeros((len(scenes), height * CELLS, width * CELLS), bool)
@@ -113,7 +122,8 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
             rows = slice(max(0, round(top)), min(height, max(round(bottom), round(top) + 1)))
             columns = slice(max(0, round(left)), min(width, max(round(right), round(left) + 1)))
             y, x = np.mgrid[rows, columns] + 0.5
-            kind[i, rows, columns] = SIGN if isinstance(spot.what, Sign) else 1 + KINDS.index(spot.what.kind)
+            kind[i, rows, columns] = number(spot.what)
+            colour[i, rows, columns] = COLOURS.index(spot.what.colour) if isinstance(spot.what, Thing) else PLAIN
             at = ((x - left) / (right - left), (y - top) / (bottom - top))
             pose[i, rows, columns] = np.stack([2 * at[0] - 1, 2 * at[1] - 1, np.full_like(x, np.log(bottom - top))], -1)
             if spot.outline is not None:
@@ -128,6 +138,7 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
     cells = outline.reshape(len(scenes), height, CELLS, width, CELLS).transpose(0, 1, 3, 2, 4)
     return (
         torch.from_numpy(kind).flatten(1),
+        torch.from_numpy(colour).flatten(1),
         torch.from_numpy(pose).flatten(1, 2),
         torch.from_numpy(letters).flatten(1, 2),
         torch.from_numpy(cells.astype(np.float32)).flatten(3).flatten(1, 2),
@@ -135,8 +146,15 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, Tensor
     )
 
 
+def number(what: Thing | Sign | Literal["orb"]) -> int:
+    """Among kinds."""
+    if isinstance(what, Thing):
+        return 1 + KINDS.index(what.kind)
+    return SIGN if isinstance(what, Sign) else ORB
+
+
 def around(kind: Tensor, count: int) -> Tensor:
-    """Indices [B, count] of some of a picture's tokens: of its sign and then of its things all, as far as they fit, and of the
-    rest any."""
+    """Indices [B, count] of some of a picture's tokens: of its sign and then of its things and its sun all, as far as they fit, and
+    of the rest any."""
     score = torch.rand(kind.shape, device=kind.device) + (kind > 0) + (kind == SIGN)
     return score.topk(count, 1).indices.sort(1).values

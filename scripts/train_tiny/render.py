@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -166,18 +167,23 @@ class Painter:
                 dx, dy = self.rng.choice(((0.3, 0.35), (0.7, 0.6)))
                 self.disc(x + dx * self.grid, y + dy * self.grid, self.u * 0.0036, (226, 228, 220))
 
+    def hang(self) -> tuple[float, float, float]:
+        """Where the sun or moon hangs: its middle, and half of the whole tokens across that it nearly fills."""
+        time = self.scene.time
+        height = 0.28 if time == "night" else SUN[time][0]
+        return self.snap(self.across * ORB[time]), self.snap(self.horizon * height), self.snap(self.u * 0.07)
+
     def orb(self) -> None:
-        s = self.scene
-        x, r = self.snap(self.across * ORB[s.time]), 0.95 * self.snap(self.u * 0.07)  # of whole tokens
-        if s.time == "night":
-            y = self.snap(self.horizon * 0.28)
+        time = self.scene.time
+        x, y, half = self.hang()
+        r = 0.95 * half
+        if time == "night":
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
             self.disc(x, y, r, (240, 240, 222))
             for dx, dy, k in ((-0.3, -0.2, 0.22), (0.25, 0.3, 0.16), (0.3, -0.35, 0.12)):
                 self.disc(x + dx * r, y + dy * r, k * r, (216, 216, 200))
             return
-        height, colour, glow, white = SUN[s.time]
-        y = self.snap(self.horizon * height)
+        _, colour, glow, white = SUN[time]
         self.glow(x, y, r * 3.5, colour, glow)
         self.disc(x, y, r, mix(colour, (255, 255, 255), white))
 
@@ -649,12 +655,12 @@ class Outliner(Painter):
     def glow(self, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
         pass
 
-    def outline(self, thing: Thing, x: float, y: float, size: float) -> np.ndarray:
-        """Where a thing covers most of a pixel, bool [height, width]. What was on the canvas is gone."""
+    def outline(self, draw: Draw, x: float, y: float, size: float, colour: RGB = PAINT["white"]) -> np.ndarray:
+        """Where what ``draw`` draws covers most of a pixel, bool [height, width]. What was on the canvas is gone."""
         finer, nothing = 4, (255, 0, 255)  # a colour that nothing has
         self.image = Image.new("RGB", (self.w * finer, self.h * finer), nothing)
         self.draw = ImageDraw.Draw(self.image)
-        DRAW[thing.kind](self, x * finer, y * finer, size * finer, PAINT[thing.colour])
+        draw(self, x * finer, y * finer, size * finer, colour)
         pixels = np.asarray(self.image)
         red, green, blue = (pixels[..., i] != nothing[i] for i in range(3))  # any(-1) takes far longer
         drawn = Image.fromarray((red | green | blue).astype(np.uint8) * 255)
@@ -683,14 +689,14 @@ CELL = 8
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a thing or a sign lies in a picture, in pixels.
+    """Where a thing, a sign, or the sun or moon lies in a picture, in pixels.
 
     Attributes:
         letters: of a sign, left edge and top of its first letter's cell, and the cell's side.
-        outline: of a thing, which cells of the picture it covers, bool [height / CELL, width / CELL].
+        outline: of all others, which cells of the picture it covers, bool [height / CELL, width / CELL].
     """
 
-    what: Thing | Sign
+    what: Thing | Sign | Literal["orb"]
     left: float
     top: float
     right: float
@@ -700,10 +706,15 @@ class Spot:
 
 
 def spots(scene: Scene, width: int, height: int) -> list[Spot]:
-    """Where :func:`render` puts the scene's things and its sign, told by a picture of an eighth of the size."""
+    """Where :func:`render` puts sun or moon, sign and things, a later one before an earlier one, told by a picture of an eighth of the
+    size. The backdrop may hide some of a sun."""
     p = Outliner(scene, width // CELL, height // CELL, TOKEN / CELL)
     scale = CELL / SUPERSAMPLE
     found = []
+    if scene.weather == "clear":
+        x, y, half = p.hang()
+        box = (x - half, y - half, x + half, y + half)
+        found.append(Spot("orb", *(v * scale for v in box), outline=p.outline(Painter.disc, x, y, 0.95 * half)))
     if scene.sign is not None:
         (left, bottom), cell = p.board(scene.sign), p.grid
         word = (left, bottom - cell, cell)
@@ -712,7 +723,9 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     for thing in scene.things:
         x, y, size = p.stand(thing)
         box = (x - 0.6 * size, y - 1.1 * size, x + 0.6 * size, y + 0.08 * size)
-        found.append(Spot(thing, *(v * scale for v in box), outline=p.outline(thing, x, y, size)))
+        found.append(
+            Spot(thing, *(v * scale for v in box), outline=p.outline(DRAW[thing.kind], x, y, size, PAINT[thing.colour]))
+        )
     return found
 
 
