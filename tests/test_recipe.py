@@ -305,7 +305,7 @@ def test_clouds_rain_snow_backdrops_and_trees_are_always_said():
 
 
 def test_tokens_around_things_are_all_of_theirs_and_some_others():
-    kind = layout.layout(scenes(40), (16, 16))[0]
+    kind = layout.layout(scenes(40), (16, 16)).kind
     kept = layout.around(kind, 128)
     assert kept.shape == (40, 128)
     for row, k in zip(kept, kind, strict=True):
@@ -320,8 +320,9 @@ def test_tokens_around_things_are_all_of_theirs_and_some_others():
 def test_a_hidden_state_that_knows_the_layout_tells_it():
     torch.manual_seed(0)
     shown = [s for s in scenes(60) if s.sign and s.things][:4]
-    found = (layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)]), *layout.layout(shown, (16, 16)))
-    whole, kind, colour, pose, letters, outline, scenery = found
+    whole = layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)])
+    lies = layout.layout(shown, (16, 16))
+    kind, colour, pose, letters, outline, scenery = lies
     assert outline.any()
     everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)
     hidden = torch.cat(
@@ -342,7 +343,7 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     weight = torch.ones(kind.shape)
 
     def wrong():
-        return teller(hidden, weight, *found), teller.placed(hidden, whole)
+        return teller(hidden, weight, whole, lies), teller.placed(hidden, whole)
 
     before = [float(loss.detach()) for loss in wrong()]
     for _ in range(150):
@@ -400,7 +401,9 @@ def test_a_batch_trains_the_transformer_and_what_tells_its_layout(pictures, look
     count, tokens, _ = rest[2].shape
     assert tokens in ({256, 128} if look.share == 1 else {round(look.share * 256)})
     assert len(text) == count == flow.TOKENS_PER_BATCH["cpu"] // (tokens + network.TEXT_TOKENS)
-    assert not look.signs or (rest[4] == layout.SIGN).any(1).all(), "every picture has a sign, and it is computed"
+    assert not look.signs or (layout.Layout(*rest[6:]).kind == layout.SIGN).any(1).all(), (
+        "every picture has a sign, and it is computed"
+    )
     loss = flow.flow_loss(model, text, *rest)
     loss.backward()
     assert loss.isfinite()
@@ -417,14 +420,14 @@ def test_a_batch_of_other_sizes_has_parts_of_pictures_of_several(pictures):
         seen.add(count)
         assert len(batch.latents) == flow.TOKENS_PER_BATCH["cpu"] // (count + 80)
         grids = set()
-        for x, cos, sin, kind in zip(batch.latents, *batch.tables, batch.found[0], strict=True):
+        for x, cos, sin, kind in zip(batch.latents, *batch.tables, batch.lies.kind, strict=True):
             row = int((rows == x[0].numpy()).all(1).argmax())  # every token's latents are its own
             i = int(np.searchsorted(starts, row, side="right")) - 1
             scene, grid = series.picture(i)
             here = [int((rows[starts[i] : starts[i + 1]] == token.numpy()).all(1).argmax()) for token in x[:5]]
             for got, full in zip((cos, sin), network.rotary(*grid, network.TEXT_TOKENS, "cpu"), strict=True):
                 assert torch.equal(got[:80], full[:80]) and torch.equal(got[80:85], full[80:][here])
-            assert torch.equal(kind[:5], layout.layout([scene], grid)[0][0, here])
+            assert torch.equal(kind[:5], layout.layout([scene], grid).kind[0, here])
             grids.add(grid)
         assert len(grids) > 3
     assert seen == {flow.OTHERS, flow.OTHERS // 2}

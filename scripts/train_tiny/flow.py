@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from . import language, latents, tokenizer
 from .captions import caption, rich
 from .latents import SERIES, Series
-from .layout import Teller, around, layout, shown
+from .layout import Layout, Teller, around, layout, shown
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
 from .scenes import Scene
@@ -125,7 +125,7 @@ class Batch:
     Attributes:
         latents: of those tokens [B, n, 128], float16.
         shown: what the pictures show as a whole, of :func:`~scripts.train_tiny.layout.shown`.
-        found: what lies on the tokens, kinds first, of :func:`~scripts.train_tiny.layout.layout`.
+        lies: what lies on the tokens.
         tables: each picture's own cos and sin [B, TEXT_TOKENS + n, head_dim/2], of :func:`~scripts.train_tiny.network.rotary`.
         prompts: what they show, in words.
         look: what of them is to be computed.
@@ -133,7 +133,7 @@ class Batch:
 
     latents: Tensor
     shown: Tensor
-    found: tuple[Tensor, ...]
+    lies: Layout
     tables: tuple[Tensor, ...]
     prompts: list[str]
     look: Look
@@ -182,19 +182,19 @@ class Samples(IterableDataset[Batch]):
             *(self.part(series, i, rows[starts[i] : starts[i + 1]], count, look) for i in chosen), strict=True
         )
         prompts = [rich(s, rng) if rng.random() < 0.2 else caption(s, rng) for s in scenes]
-        x, cos, sin, *found = (torch.stack(part) for part in parts)
-        return Batch(x, shown(scenes, grids), tuple(found), (cos, sin), prompts, look)
+        x, cos, sin, *lies = (torch.stack(part) for part in parts)
+        return Batch(x, shown(scenes, grids), Layout(*lies), (cos, sin), prompts, look)
 
     @staticmethod
     def part(series: Series, row: int, rows: np.ndarray, count: int, look: Look) -> Part:
         """A picture's scene and grid, and of ``count`` of its tokens latents, cos and sin with the text's before them, and layout."""
         scene, grid = series.picture(row)
-        found = layout([scene], grid)
-        crowd = found[0] if look.share < 1 else torch.zeros_like(found[0])
+        lies = layout([scene], grid)
+        crowd = lies.kind if look.share < 1 else torch.zeros_like(lies.kind)
         (kept,) = around(crowd, count)
         with_text = torch.cat([torch.arange(TEXT_TOKENS), TEXT_TOKENS + kept])
         tables = (table[with_text] for table in rotary(*grid, TEXT_TOKENS, "cpu"))
-        return scene, grid, torch.from_numpy(rows[kept]), *tables, *(t[0, kept] for t in found)
+        return scene, grid, torch.from_numpy(rows[kept]), *tables, *(t[0, kept] for t in lies)
 
 
 def batches(run: Run, samples: Samples) -> DataLoader[Batch]:
@@ -228,7 +228,7 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
     for batch in batches(run, samples):
         text = reader(said(batch.prompts, empty=0.1))
         x, sigma, target = noised(batch.latents.to(run.device).float(), run.dtype, batch.look)
-        known = (t.to(run.device) for t in (*batch.found, *batch.tables))
+        known = (t.to(run.device) for t in (*batch.tables, *batch.lies))
         yield text, sigma, batch.shown.to(run.device), x, target, *known
 
 
@@ -249,22 +249,18 @@ def flow_loss(
     shown: Tensor,
     x: Tensor,
     target: Tensor,
-    kind: Tensor,
-    colour: Tensor,
-    pose: Tensor,
-    letters: Tensor,
-    outline: Tensor,
-    scenery: Tensor,
     cos: Tensor,
     sin: Tensor,
+    *known: Tensor,
 ) -> Tensor:
+    """Of the velocity and of what the network's middle must tell; ``known`` is a :class:`Layout`'s."""
     hidden: list[Tensor] = []
+    lies = Layout(*known)
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
-    weight = stress(kind > 0, sigma)
-    known = (weight, shown, kind, colour, pose, letters, outline, scenery)
-    told = torch.stack([model.teller(hidden[block], *known) for block in TOLD_AFTER]).mean()
+    weight = stress(lies.kind > 0, sigma)
+    told = torch.stack([model.teller(hidden[block], weight, shown, lies) for block in TOLD_AFTER]).mean()
     told = told + model.teller.placed(hidden[PLACED_AFTER], shown)
-    weight = torch.maximum(weight, stress(scenery > 0, sigma))
+    weight = torch.maximum(weight, stress(lies.scenery > 0, sigma))
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 

@@ -4,7 +4,7 @@ counts too."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,26 @@ SCENE = [len(values) for values in CLASSES.values()]
 """How many answers there are to each question about a whole scene."""
 
 
+class Layout(NamedTuple):
+    """What lies on every token.
+
+    Attributes:
+        kind: [B, N], 0 for landscape.
+        colour: of a thing, [B, N], else :data:`PLAIN`.
+        pose: where in what lies there the token's middle lies, and how large it is, [B, N, 3].
+        letters: under the token's left and right half, [B, N, 2], 0 for none.
+        outline: which of its cells things, sun or moon cover, [B, N, 16].
+        scenery: whether the landscape has more than sky and ground there, [B, N], 1 or 0.
+    """
+
+    kind: Tensor
+    colour: Tensor
+    pose: Tensor
+    letters: Tensor
+    outline: Tensor
+    scenery: Tensor
+
+
 class Teller(nn.Module):
     """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token: nothing
     but landscape, a kind of thing, a sign, the sun or moon, its colour, where in it the token lies, the letters under the token's left
@@ -45,42 +65,34 @@ class Teller(nn.Module):
         self.sides = nn.Linear(width, 2 * len(SIDES))
         self.landscape = nn.Linear(width, 1)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        shown: Tensor,
-        kind: Tensor,
-        colour: Tensor,
-        pose: Tensor,
-        letters: Tensor,
-        outline: Tensor,
-        scenery: Tensor,
-    ) -> Tensor:
-        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`shown`, the others
-        are as of :func:`layout`."""
+    def forward(self, hidden: Tensor, weight: Tensor, shown: Tensor, lies: Layout) -> Tensor:
+        """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`shown`."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
         seen = cross_entropies(self.scene(hidden), SCENE, shown[:, : len(SCENE)])
         k, p, a, b = self.layer(hidden).split([ORB + 1, POSE, LETTERS, LETTERS], -1)
-        there = (kind > 0).float()
-        wrong = (weight * F.cross_entropy(k.transpose(1, 2), kind, reduction="none")).sum() / weight.sum()
-        painted = F.cross_entropy(self.colour(hidden).transpose(1, 2), colour, ignore_index=PLAIN, reduction="sum")
-        painted = painted / (colour != PLAIN).sum().clamp(min=1)
-        away = (there * (p - pose).square().mean(-1)).sum() / there.sum().clamp(min=1)
-        board = (kind == SIGN).float()
-        drawn = F.binary_cross_entropy_with_logits(self.outline(hidden), outline, reduction="none").mean(-1)
-        shaped = ((there - board) * drawn).sum() / (there - board).sum().clamp(min=1)
+        there, board, own = lies.kind > 0, lies.kind == SIGN, lies.colour != PLAIN
+        wrong = mean(F.cross_entropy(k.transpose(1, 2), lies.kind, reduction="none"), weight)
+        paint = F.cross_entropy(self.colour(hidden).transpose(1, 2), lies.colour, reduction="none", ignore_index=PLAIN)
+        painted = mean(paint, own)
+        away = mean((p - lies.pose).square().mean(-1), there)
+        drawn = F.binary_cross_entropy_with_logits(self.outline(hidden), lies.outline, reduction="none").mean(-1)
+        shaped = mean(drawn, there & ~board)
         spelt = sum(
-            (board * F.cross_entropy(x.transpose(1, 2), letters[..., i], reduction="none")).sum()
+            mean(F.cross_entropy(x.transpose(1, 2), lies.letters[..., i], reduction="none"), board) / 2
             for i, x in enumerate((a, b))
-        ) / (2 * board.sum().clamp(min=1))
-        behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], scenery)
+        )
+        behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], lies.scenery)
         return wrong + painted + away + spelt + shaped + seen + behind
 
     def placed(self, hidden: Tensor, shown: Tensor) -> Tensor:
         """How wrong it is on the preset's sides of ``shown``. A picture's size shows only in where its last tokens lie."""
         hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])
         return cross_entropies(self.sides(hidden), [len(SIDES)] * 2, shown[:, len(SCENE) :])
+
+
+def mean(x: Tensor, weight: Tensor) -> Tensor:
+    """The weighted mean, 0 where nothing counts."""
+    return (weight * x).sum() / weight.sum().clamp(min=1)
 
 
 def cross_entropies(logits: Tensor, counts: list[int], right: Tensor) -> Tensor:
@@ -104,10 +116,8 @@ def shown(scenes: Sequence[Scene], grids: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(rows)
 
 
-def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, ...]:
-    """What lies on every token: its kind [B, N], 0 for landscape; its colour [B, N]; where in it the token's middle lies and how large
-    it is [B, N, 3]; the letters under its left and right half [B, N, 2], 0 for none; which of its cells things or sun cover
-    [B, N, 16]; whether the landscape has more than sky and ground there [B, N], 1 or 0."""
+def layout(scenes: list[Scene], bucket: tuple[int, int]) -> Layout:
+    """What lies where in pictures of so many tokens (height, width)."""
     height, width = bucket
     kind = np.zeros((len(scenes), height, width), np.int64)
     colour = np.full_like(kind, PLAIN)
@@ -136,7 +146,7 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> tuple[Tensor, ...]:
                     under = [ord(spot.what.word[n]) - 64 if 0 <= n < len(spot.what.word) else 0 for n in index]
                     letters[i, row, columns, half] = under
     cells = outline.reshape(len(scenes), height, CELLS, width, CELLS).transpose(0, 1, 3, 2, 4)
-    return (
+    return Layout(
         torch.from_numpy(kind).flatten(1),
         torch.from_numpy(colour).flatten(1),
         torch.from_numpy(pose).flatten(1, 2),
