@@ -28,6 +28,7 @@ from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIM
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
 from scripts.train_tiny.render import CELL, HEIGHT, ORB, SKIES, SUPERSAMPLE, TOKEN, Painter, render, scenery, spots
+from scripts.train_tiny.render import PLACE as PLACE_OF
 from scripts.train_tiny.scenes import COLOURS, HELD_OUT_WORDS, KINDS, PLACES, USUAL, random_scene
 from scripts.train_tiny.trainer import (
     Muon,
@@ -179,7 +180,7 @@ def test_things_lie_in_their_spots(width, height):
 def test_the_layout_spells_what_the_sign_says():
     signs = [s for s in scenes(800) if s.sign is not None and len(s.sign.word) <= 4 and not s.things]
     assert len(signs) > 3
-    kind, colour, pose, letters, outline, _ = layout.layout(signs, (16, 16))
+    kind, colour, pose, letters, outline, *_ = layout.layout(signs, (16, 16))
     assert (colour == layout.PLAIN).all()
     assert not outline[kind != layout.ORB].any()
     for scene, k, p, row in zip(signs, kind, pose, letters, strict=True):
@@ -188,6 +189,23 @@ def test_the_layout_spells_what_the_sign_says():
         assert not row[k == 0].any()
         assert torch.equal(row[:, 0], row[:, 1]), "a letter fills a token"
         assert "".join(chr(64 + n) for n in row[:, 0].tolist() if n) == scene.sign.word
+
+
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (1024, 576), (672, 928), (800, 704)])
+def test_the_layout_knows_how_far_places_are(width, height):
+    rows, columns = height // TOKEN, width // TOKEN
+    near = layout.layout(scenes(2), (rows, columns)).nearness[1].unflatten(0, (rows, columns))
+    painter = Painter(scenes(1)[0], width, height)
+    step = TOKEN * SUPERSAMPLE
+    for i, (place, across) in enumerate(PLACE_OF.items()):
+        middle = round(painter.snap(painter.across * across) / step)
+        assert PLACES[i] == place
+        assert torch.allclose(near[:, middle, i] * painter.u / 4, torch.tensor(step / 2))
+        assert torch.equal(near[:, middle - 1, i], -near[:, middle, i])
+        assert (near[:, :, i].diff(dim=1) >= 0).all() and near[..., i].abs().max() <= 1
+    under = round(painter.horizon / step)
+    assert torch.allclose(near[under, :, -1] * painter.u / 4, torch.tensor(step / 2))
+    assert torch.equal(near[under - 1, :, -1], -near[under, :, -1])
 
 
 def test_the_layout_knows_what_colour_things_are():
@@ -205,7 +223,7 @@ def test_the_layout_knows_where_sun_and_moon_are(time, width, height):
         scenes(1)[0], time=time, weather="clear", backdrop="none", trees="none", things=(), sign=None
     )
     grid = (height // TOKEN, width // TOKEN)
-    kind, _, _, _, outline, scenery = layout.layout([clear], grid)
+    kind, _, _, _, outline, scenery, _ = layout.layout([clear], grid)
     white = np.asarray(render(clear, width, height)).min(-1) > 200
     white[int(Painter(clear, width, height).horizon / SUPERSAMPLE) - TOKEN :] = False
     disc = white.reshape(height // CELL, CELL, width // CELL, CELL).mean((1, 3)) > 0.5  # which stars are too small for
@@ -322,7 +340,7 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     shown = [s for s in scenes(60) if s.sign and s.things][:4]
     whole = layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)])
     lies = layout.layout(shown, (16, 16))
-    kind, colour, pose, letters, outline, scenery = lies
+    kind, colour, pose, letters, outline, scenery, near = lies
     assert outline.any()
     everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)
     hidden = torch.cat(
@@ -334,6 +352,7 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
             F.one_hot(letters, 27).flatten(2),
             outline,
             scenery[..., None],
+            near,
         ],
         -1,
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .network import CONFIG
-from .render import ANCHORS, CELL, TOKEN, anchors, grid_step, scenery, spots
+from .render import ANCHORS, CELL, HORIZON, PLACE, TOKEN, anchors, grid_step, line, scenery, spots
 from .scenes import CLASSES, COLOURS, KINDS, Scene, Sign, Thing, answers
 
 SIGN, ORB = len(KINDS) + 1, len(KINDS) + 2
@@ -39,6 +39,7 @@ class Layout(NamedTuple):
         letters: under the token's left and right half, [B, N, 2], 0 for none.
         outline: which of its cells things, sun or moon cover, [B, N, 16].
         scenery: whether the landscape has more than sky and ground there, [B, N], 1 or 0.
+        nearness: to each of the places across, and to the horizon, [B, N, 4], of :func:`nearness`.
     """
 
     kind: Tensor
@@ -47,13 +48,15 @@ class Layout(NamedTuple):
     letters: Tensor
     outline: Tensor
     scenery: Tensor
+    nearness: Tensor
 
 
 class Teller(nn.Module):
     """Tells from a hidden state in the middle of the network what the picture shows as a whole, and what lies on the token: nothing
     but landscape, a kind of thing, a sign, the sun or moon, its colour, where in it the token lies, the letters under the token's left
     and right half, its outline, and whether the landscape has more than sky and ground there. In strong noise nothing shows yet, and
-    the prompt must have been read to tell. :meth:`placed` tells which preset's places the picture has."""
+    the prompt must have been read to tell. :meth:`placed` tells which preset's places the picture has, and how far the token lies from
+    each is asked too: what stands where goes by both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +67,7 @@ class Teller(nn.Module):
         self.scene = nn.Linear(width, sum(SCENE))
         self.sides = nn.Linear(width, 2 * len(SIDES))
         self.landscape = nn.Linear(width, 1)
+        self.near = nn.Linear(width, len(PLACE) + 1)
 
     def forward(self, hidden: Tensor, weight: Tensor, shown: Tensor, lies: Layout) -> Tensor:
         """How wrong it is; ``weight`` is what telling each token's kind counts, [B, N], ``shown`` is of :func:`shown`."""
@@ -82,7 +86,8 @@ class Teller(nn.Module):
             for i, x in enumerate((a, b))
         )
         behind = F.binary_cross_entropy_with_logits(self.landscape(hidden)[..., 0], lies.scenery)
-        return wrong + painted + away + spelt + shaped + seen + behind
+        near = F.mse_loss(self.near(hidden), lies.nearness)
+        return near + wrong + painted + away + spelt + shaped + seen + behind
 
     def placed(self, hidden: Tensor, shown: Tensor) -> Tensor:
         """How wrong it is on the preset's sides of ``shown``. A picture's size shows only in where its last tokens lie."""
@@ -123,6 +128,7 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> Layout:
     colour = np.full_like(kind, PLAIN)
     pose = np.zeros((len(scenes), height, width, POSE), np.float32)
     letters = np.zeros((len(scenes), height, width, 2), np.int64)
+    near = torch.from_numpy(nearness(height, width)).flatten(0, 1)
     outline = np.zeros((len(scenes), height * CELLS, width * CELLS), bool)
     behind = np.zeros((len(scenes), height, width), np.float32)
     for i, scene in enumerate(scenes):
@@ -153,7 +159,19 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> Layout:
         torch.from_numpy(letters).flatten(1, 2),
         torch.from_numpy(cells.astype(np.float32)).flatten(3).flatten(1, 2),
         torch.from_numpy(behind).flatten(1),
+        near.expand(len(scenes), -1, -1),
     )
+
+
+def nearness(height: int, width: int) -> np.ndarray:
+    """How far right of each place, and how far below the horizon, tokens' middles lie in a picture of so many, in quarters of its
+    scale, from -1 to 1, [height, width, 4]."""
+    step = grid_step(min(height, width), 1)
+    across, down = anchors(width, height, step)
+    scale = ANCHORS[min(across, down)]
+    y, x = (np.mgrid[:height, :width] + 0.5) / step
+    lines = [x - line(across * at) for at in PLACE.values()] + [y - line(down * HORIZON)]
+    return np.stack(lines, -1).clip(-scale / 4, scale / 4).astype(np.float32) * 4 / scale
 
 
 def number(what: Thing | Sign | Literal["orb"]) -> int:

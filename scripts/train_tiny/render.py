@@ -52,6 +52,7 @@ PAINT: dict[str, RGB] = {
 }
 HEIGHT = {"small": 0.15, "medium": 0.25, "large": 0.38}  # of the picture's scale
 DEPTH = {"small": 0.30, "medium": 0.30, "large": 0.42}  # of the ground, where a thing's foot is
+HORIZON = 0.58  # of the height
 PLACE = {"left": 0.21, "center": 0.5, "right": 0.79}  # of the width
 ORB = {"dawn": 0.35, "day": 0.65, "dusk": 0.65, "night": 0.35}
 """Where the sun or moon stands, of the width. Were it anywhere, a small network would sometimes draw two."""
@@ -94,7 +95,7 @@ class Painter:
         self.across, self.down = across * self.grid, down * self.grid
         self.u = ANCHORS[min(across, down)] * self.grid
         self.rng = random.Random(scene.seed)
-        self.horizon = self.snap(self.down * 0.58)
+        self.horizon = self.snap(self.down * HORIZON)
         self.earth: list[RGB] = []
         ambient = np.array(AMBIENT[scene.time])
         if scene.weather in ("rain", "snow"):
@@ -105,7 +106,7 @@ class Painter:
 
     def snap(self, place: float) -> float:
         """The nearest line of the grid."""
-        return math.floor(place / self.grid + 0.5) * self.grid
+        return line(place / self.grid) * self.grid
 
     def cells(self, bottom: float) -> Iterator[tuple[float, float]]:
         """Top left corners of all of the grid's cells above ``bottom``."""
@@ -394,6 +395,11 @@ def anchors(width: float, height: float, step: float) -> tuple[int, int]:
     """The ones of :data:`ANCHORS` by which places go across and down, of two as near the shorter; ``step`` is the grid's."""
     across, down = (min(ANCHORS, key=lambda known: abs(known - length / step)) for length in (width, height))
     return across, down
+
+
+def line(place: float) -> int:
+    """The nearest line of the grid, ``place`` in its steps."""
+    return math.floor(place + 0.5)
 
 
 Draw = Callable[[Painter, float, float, float, RGB], None]
