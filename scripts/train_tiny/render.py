@@ -63,6 +63,8 @@ SUN: dict[str, tuple[float, RGB, float, float]] = {
 }
 """How far down to the horizon the sun stands, low ones above hills and most things; its colour, how much of it its glow has, and how
 much white is in the sun itself. One that hardly differs from its glow is learnt badly."""
+RIM = 0.95
+"""A sun's radius, of half of its tokens across."""
 SUPERSAMPLE = 2
 TOKEN = 32
 """Pixels along one side of a transformer token."""
@@ -169,7 +171,7 @@ class Painter:
                 self.disc(x + dx * self.grid, y + dy * self.grid, self.u * 0.0036, (226, 228, 220))
 
     def hang(self) -> tuple[float, float, float]:
-        """Where the sun or moon hangs: its middle, and half of the whole tokens across that it nearly fills."""
+        """Where the sun or moon hangs: its middle, and half of the whole tokens across that it fills but for :data:`RIM`."""
         time = self.scene.time
         height = 0.28 if time == "night" else SUN[time][0]
         return self.snap(self.across * ORB[time]), self.snap(self.horizon * height), self.snap(self.u * 0.07)
@@ -177,7 +179,7 @@ class Painter:
     def orb(self) -> None:
         time = self.scene.time
         x, y, half = self.hang()
-        r = 0.95 * half
+        r = RIM * half
         if time == "night":
             self.glow(x, y, r * 4, (190, 200, 240), 0.5)
             self.disc(x, y, r, (240, 240, 222))
@@ -720,7 +722,7 @@ def spots(scene: Scene, width: int, height: int) -> list[Spot]:
     if scene.weather == "clear":
         x, y, half = p.hang()
         box = (x - half, y - half, x + half, y + half)
-        found.append(Spot("orb", *(v * scale for v in box), outline=p.outline(Painter.disc, x, y, 0.95 * half)))
+        found.append(Spot("orb", *(v * scale for v in box), outline=p.outline(Painter.disc, x, y, RIM * half)))
     if scene.sign is not None:
         (left, bottom), cell = p.board(scene.sign), p.grid
         word = (left, bottom - cell, cell)
