@@ -114,7 +114,9 @@ def test_previews_are_small_pictures_of_what_is_coming(tiny):
         )
         assert len(shots) == 4 and all(max(shot.size) <= 512 < result.images[0].width for shot in shots)
         final = np.asarray(result.images[0].image.resize(shots[-1].size)).astype(int)
-        errors += [np.abs(np.asarray(shot).astype(int) - final).mean() for shot in shots]
+        one = [np.abs(np.asarray(shot).astype(int) - final).mean() for shot in shots]
+        assert min(one) == one[-1], "the last is the nearest"
+        errors += one
         plain += np.abs(final - final.mean((0, 1))).mean()
     assert (np.diff(errors) < 0).all(), "each shows more"
     assert errors[0] < plain / 2 and errors[-1] < plain / 5, "all of them show more than the picture's mean colour"
