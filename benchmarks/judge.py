@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,17 @@ from torch import Tensor, nn
 
 from flux2_local.request import SIZES
 from scripts.train_tiny.data import HELD_OUT_SEED
+from scripts.train_tiny.latents import SERIES
 from scripts.train_tiny.lettering import ADVANCE, draw_word
 from scripts.train_tiny.render import TOKEN, grid_step, render
 from scripts.train_tiny.scenes import (
     CLASSES,
+    HELD_OUT_WORDS,
     PLACES,
     QUESTIONS,
     SLOT,
     USUAL,
+    WORDS,
     Scene,
     Thing,
     answers,
@@ -53,7 +57,10 @@ SHORTER = 256
 """Pixels along the shorter side of the drawings."""
 
 SEED = 20_000_000
-"""Drawings of the judge's training; apart from the recipe's and from the held-out ones."""
+"""Of the first drawing of the judge's training; apart from the recipe's and from the held-out ones."""
+
+PICTURES = 24_000
+"""How many drawings the judge learns from."""
 
 
 class Judge(nn.Module):
@@ -107,13 +114,14 @@ class Reading:
         signs = () if scene.sign is None else (scene.sign.place,)
         asked = {thing.place for thing in scene.things}
         seen = {place for place in PLACES if self.kind[place] != "none"} - set(signs)
+        yield "alone", len(seen) <= len(asked)
         for thing in scene.things:
             # An object counts wherever it is; its place is judged apart.
-            place = thing.place if thing.place in seen else next(iter(sorted(seen - asked)), thing.place)
+            place = thing.place if thing.place in seen else min(seen - asked, default=thing.place)
             yield "place", thing.place in seen
             yield "object", self.kind[place] == thing.kind
-            yield "colour", self.colour[place] == thing.colour
-            yield "size", self.size[place] == thing.size
+            yield "colour", place in seen and self.colour[place] == thing.colour
+            yield "size", place in seen and self.size[place] == thing.size
 
 
 def load(path: Path = WEIGHTS) -> Judge:
@@ -240,14 +248,25 @@ def train(run: Run, pictures: int) -> None:
 
 
 def held_out_scenes(count: int) -> list[Scene]:
-    """Scenes that neither the judge nor the model has seen, each with at least one object or a sign."""
+    """Scenes that no picture shows from which the judge or the transformer learnt, wherever trees and stars are, each with at least
+    one object or a sign. Words on signs are such as training has none of, or random letters."""
     scenes, seed = [], HELD_OUT_SEED + 500_000
     while len(scenes) < count:
         scene = random_scene(random.Random(seed))
         seed += 1
-        if scene.things or scene.sign:
+        if scene.sign and scene.sign.word in WORDS:
+            scene = replace(scene, sign=replace(scene.sign, word=HELD_OUT_WORDS[seed % len(HELD_OUT_WORDS)]))
+        if (scene.things or scene.sign) and replace(scene, seed=0) not in learnt():
             scenes.append(scene)
     return scenes
+
+
+@cache
+def learnt() -> set[Scene]:
+    """What the pictures show from which the transformer and the judge learn, whatever the seed alone decides."""
+    shown = (series.picture(row)[0] for series in SERIES.values() for row in range(series.count))
+    judged = (random_scene(random.Random(SEED + row)) for row in range(PICTURES))
+    return {replace(scene, seed=0) for scene in itertools.chain(shown, judged)}
 
 
 def verdicts(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, list[bool]]:
@@ -269,7 +288,7 @@ def score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
 
 
 def lone_scenes(count: int) -> list[Scene]:
-    """Held-out scenes of one object and nothing else, as a prompt means it that does not say its colour, size and place."""
+    """Scenes of one object and nothing else, as a prompt means it that does not say its colour, size and place."""
     alone = (s for s in held_out_scenes(10 * count + 100) if len(s.things) == 1 and s.sign is None)
     return [
         replace(s, things=(Thing(thing.kind, USUAL[thing.kind], "medium", "center"),))
@@ -279,8 +298,8 @@ def lone_scenes(count: int) -> list[Scene]:
 
 
 def lone_score(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Of :func:`lone_scenes`, percent of pictures in which exactly one object is seen ("once"), and of those in which the
-    right one is seen in the middle in its usual colour ("unsaid")."""
+    """Of :func:`lone_scenes`, percent of pictures with exactly one object ("once"), and percent of pictures with the right one in the
+    middle in its usual colour ("unsaid")."""
     readings = read(judge, pictures)
     once = [sum(kind != "none" for kind in reading.kind.values()) == 1 for reading in readings]
     usual = [
@@ -300,7 +319,7 @@ def ceiling(judge: Judge, count: int, width: int = 512, height: int = 512) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.judge", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--pictures", type=int, default=24_000)
+    parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--work", type=Path, default=Path("build/judge"))
     args = parser.parse_args()
     train(Run(args.work, args.minutes), args.pictures)

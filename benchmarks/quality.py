@@ -6,9 +6,10 @@
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else
 
 Measures the autoencoder's PSNR on held-out drawings; how often generated pictures show what held-out prompts ask for, as the
-judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often one object comes once, and as the
-right one in its usual colour, where a prompt says neither its colour nor its place ("once" and "unsaid", a third as many
-prompts more); PSNR and SSIM of each tier against ``none`` on the same prompts and seeds; and adherence at other sizes, beside
+judge reads them, beside the judge's score on the drawings themselves (the ceiling); how often nothing comes that was not asked
+for ("alone": no more objects than the prompt names, where two in one third of a picture count as one); how often one object comes
+once, and as the right one in its usual colour, where a prompt says neither its colour nor its place ("once" and "unsaid", a third
+as many prompts more); PSNR and SSIM of each tier against ``none`` on the same prompts and seeds; and adherence at other sizes, beside
 the ceiling there. Writes a JSON file with the environment.
 """
 

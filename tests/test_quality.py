@@ -11,8 +11,9 @@ from PIL import Image
 
 from benchmarks import judge, quality
 from flux2_local.bench import environment
+from scripts.train_tiny import latents
 from scripts.train_tiny.render import TOKEN, render
-from scripts.train_tiny.scenes import Thing
+from scripts.train_tiny.scenes import CLASSES, HELD_OUT_WORDS, PLACES, WORDS, Thing
 
 
 def test_the_autoencoder_keeps_what_it_is_given():
@@ -43,6 +44,32 @@ def test_one_object_is_told_from_two_and_its_usual_colour_from_others():
     assert min(right.values()) >= 90 and twice["once"] <= 10 and green["unsaid"] <= 10 < green["once"]
     ball = replace(lone[0], ground="sand", time="night", things=(Thing("ball", "orange", "medium", "center"),))
     assert quality.lone_prompts([ball]) == ["a ball on the sand at night"]
+
+
+def test_what_is_asked_for_was_never_shown_in_training():
+    asked = judge.held_out_scenes(200)
+    drawn = [latents.SERIES["others"].picture(row)[0] for row in range(50)]
+    learnt = judge.learnt()
+    assert all(replace(scene, seed=0) in learnt for scene in drawn)
+    assert not {replace(scene, seed=0) for scene in asked} & learnt
+    words = {scene.sign.word for scene in asked if scene.sign}
+    assert not words & set(WORDS) and len(words & set(HELD_OUT_WORDS)) > 10
+
+
+def test_what_nobody_asked_for_and_what_is_missing_are_wrong():
+    ball = Thing("ball", "red", "small", "left")
+    scene = next(replace(s, things=(ball,), sign=None) for s in judge.held_out_scenes(1))
+    whole = {name: getattr(scene, name) for name in CLASSES}
+
+    def wrong(**kinds):
+        kind = {place: kinds.get(place, "none") for place in PLACES}
+        reading = judge.Reading(whole, kind, dict.fromkeys(PLACES, "red"), dict.fromkeys(PLACES, "small"))
+        return {name for name, right in reading.verdicts(scene) if not right}
+
+    assert wrong(left="ball") == set()
+    assert wrong(right="ball") == {"place"}
+    assert wrong(left="ball", center="ball") == {"alone"}
+    assert wrong() == {"place", "object", "colour", "size"}
 
 
 def test_the_table_has_a_row_per_score():
