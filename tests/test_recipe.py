@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import pickle
 import random
 import re
@@ -23,7 +24,19 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import judge
 from flux2_local.bench.metrics import SAME, psnr, ssim
 from scripts.train_tiny import __main__ as recipe
-from scripts.train_tiny import autoencoder, flow, language, latents, layout, network, restore, sample, steps, tokenizer
+from scripts.train_tiny import (
+    autoencoder,
+    export,
+    flow,
+    language,
+    latents,
+    layout,
+    network,
+    restore,
+    sample,
+    steps,
+    tokenizer,
+)
 from scripts.train_tiny.captions import BACKDROP, COLOUR, KIND, PLACE, SIZE, TIME, TREES, WEATHER, caption, rich
 from scripts.train_tiny.flow import Reader
 from scripts.train_tiny.language import TOLD, Teller, told
@@ -340,7 +353,7 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
     shown = [s for s in scenes(60) if s.sign and s.things][:4]
     whole = layout.shown(shown, [(16, 16), (21, 29), (32, 24), (18, 27)])
     lies = layout.layout(shown, (16, 16))
-    kind, colour, pose, letters, outline, scenery, near = lies
+    kind, colour, pose, letters, outline, scenery, near, _ = lies
     assert outline.any()
     everywhere = F.one_hot(whole, 4).flatten(1)[:, None].expand(-1, 256, -1)
     hidden = torch.cat(
@@ -376,8 +389,7 @@ def test_a_hidden_state_that_knows_the_layout_tells_it():
 def test_latents_are_made_where_pictures_are_drawn_whatever_trains(tmp_path, monkeypatch):
     run = Run(tmp_path, minutes=1, device="meta")  # what is there has no values
     np.save(run.path("latent_statistics.npy"), np.stack([np.full(128, 0.5), np.full(128, 4.0)]).astype(np.float32))
-    monkeypatch.setattr(latents, "SIDES", (2, 4))
-    series = {"square": latents.Series(9, 0, (2, 2)), "others": latents.Series(9, 100)}
+    series = {"square": latents.Series(9, 0, (2, 2)), "others": latents.Series(9, 100, sides=(2, 3, 4))}
     monkeypatch.setattr(latents, "SERIES", series)
     monkeypatch.setattr(latents, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(autoencoder, "Code", lambda *_: lambda x: F.pixel_unshuffle(x, autoencoder.BLOCK)[:, :32])
@@ -453,14 +465,32 @@ def test_a_batch_of_other_sizes_has_parts_of_pictures_of_several(pictures):
 
 
 def test_where_noise_leaves_open_where_things_are_their_presence_counts_as_much_as_their_absence():
-    kind = torch.zeros(6, 40, dtype=torch.long)
+    kind, part = torch.zeros(6, 40, dtype=torch.long), torch.arange(40).expand(6, -1)
     kind[:3, 10:20] = 1
     sigma = torch.tensor([0.5, 0.9, 0.9, 0.5, 0.9, 0.9])
-    weight = flow.stress(kind > 0, sigma)
+    weight = flow.stress(kind > 0, part, sigma)
     assert torch.equal(weight[0], 1 + (flow.STRESS - 1) * (kind[0] > 0)) and (weight[3] == 1).all()
     assert (weight[4, 10:20] == flow.STRESS).all() and (weight[4, 20:] == 1).all(), "as others have it"
-    alone = flow.stress(kind[2:] > 0, sigma[2:])
+    alone = flow.stress(kind[2:] > 0, part[2:], sigma[2:])
     assert (alone[0] == 1).all(), "its own counts nothing"
+
+
+def test_what_other_pictures_have_is_looked_up_where_it_lies_whatever_their_tokens_and_sizes():
+    kept = torch.stack([torch.randperm(256)[:128].sort().values for _ in range(20)])
+    part = layout.parts(16, 16)[kept]
+    left = part % layout.PARTS < 8
+    weight = flow.stress(left, part, torch.full((20,), 0.9))
+    assert (weight[left] == flow.STRESS).all() and (weight[~left] == 1).all()
+    for grid in ((16, 16), (21, 29), (32, 18)):
+        middle = layout.parts(*grid).view(grid)[(grid[0] + 1) // 2, (grid[1] + 1) // 2]
+        assert middle == layout.PARTS * (layout.PARTS // 2) + layout.PARTS // 2
+
+
+def test_all_tokens_that_a_thing_touches_are_its_own():
+    for grid in ((16, 16), (21, 29)):
+        for scene in scenes(20):
+            lies = layout.layout([scene], grid)
+            assert ((lies.kind > 0) | (lies.outline.sum(-1) == 0)).all()
 
 
 def test_guidance_does_nothing_in_strong_noise():
@@ -586,6 +616,32 @@ def test_training_goes_on_from_an_exported_folder(tmp_path):
     load_ema(tmp_path / "turbo.safetensors", adapter)
     assert not any(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
     assert Reader(run)(["a red boat"]).shape == (1, network.TEXT_TOKENS, 384)
+
+
+def test_what_is_there_stays_where_an_exported_folder_is_restored(tmp_path):
+    run = Run(tmp_path, minutes=1, device="cpu")
+    kept = {
+        "latent_statistics.npy": np.save,
+        "flow.safetensors": lambda path, x: save_state(path, {"model.x": torch.from_numpy(x)}, {}),
+    }
+    for name, write in kept.items():
+        write(run.path(name), np.ones(3, np.float32))
+    before = {name: run.path(name).read_bytes() for name in kept}
+    restore.train(run)
+    assert {name: run.path(name).read_bytes() for name in kept} == before
+
+
+def test_nothing_is_made_of_a_guided_transformer_that_another_has_left_behind(tmp_path):
+    run = Run(tmp_path / "work", minutes=1, out=tmp_path / "out")
+    for age, name in enumerate(("flow", "guidance")):
+        save_state(run.path(f"{name}.safetensors"), {}, {})
+        os.utime(run.path(f"{name}.safetensors"), (100 - age, 100 - age))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("card")
+    for stage in (export.train, steps.teacher_of):
+        with pytest.raises(ValueError, match="Run the stage guidance again"):
+            stage(run)
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
 
 
 def test_blending_is_the_mean_of_what_trained_and_what_it_began_from(tmp_path):

@@ -2,6 +2,6 @@
 
     python -m scripts.train_tiny STAGE --work DIR [--minutes N]
 
-The stages, in order, are listed by ``--help``; each reads what the ones before it left in the
-work folder, writes checkpoints as it goes, and goes on from them when it is started again.
+``--help`` lists the stages in order, and after the last of them, export, the two that serve to train an exported model on. Each
+reads what the ones before it left in the work folder, writes checkpoints as it goes, and goes on from them when it is started again.
 """

@@ -11,7 +11,6 @@ import torch
 from .trainer import Run
 
 STAGES = {
-    "restore": "checkpoints from an exported folder (--out), to go on where they are gone",
     "encoder": "pictures -> latents, their principal components (half of AutoencoderKLFlux2)",
     "decoder": "latents -> pictures (the other half)",
     "tokenizer": "byte-level BPE over captions",
@@ -22,11 +21,12 @@ STAGES = {
     "flow": "the same transformer, on larger sizes, whole pictures, around things and around signs in turn",
     "polish": "the decoder once more, on what the transformer makes of pictures",
     "guidance": "guidance distillation of the transformer",
-    "blend": "the guided transformer and the exported one (--out) that it went on from, averaged; after restore alone",
     "trajectories": "the guided transformer's own paths, for the two step distillations",
     "turbo": "step distillation to 8 steps, a LoRA",
     "flash": "step distillation to 4 steps, a LoRA",
     "export": "everything in the hub layout, 16-bit, into --out",
+    "restore": "instead of all before guidance: checkpoints from an exported folder (--out), to go on where they are gone",
+    "blend": "after restore and guidance: the guided transformer and the exported one that it went on from, averaged",
 }
 
 
@@ -35,13 +35,14 @@ MODULES = {
     "decoder": "autoencoder",
     "small": "flow",
     "things": "flow",
+    "flow": "flow",
     "guidance": "flow",
     "blend": "restore",
     "trajectories": "steps",
     "turbo": "steps",
     "flash": "steps",
 }
-"""Stages that live in another stage's module, as ``train_<stage>``."""
+"""Stages that are functions ``train_<stage>`` of these modules; each other one is ``train`` of its own."""
 
 
 def main() -> None:
@@ -58,9 +59,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1, help="of the pictures and paths to draw (default 1)")
     args = parser.parse_args()
     run = Run(args.work, args.minutes, args.device, not args.eager, args.seed, args.out, args.share)
-    module = MODULES.get(args.stage, args.stage)
-    function = "train" if module == args.stage and args.stage != "flow" else f"train_{args.stage}"
-    getattr(importlib.import_module(f".{module}", __package__), function)(run)
+    module = importlib.import_module(f".{MODULES.get(args.stage, args.stage)}", __package__)
+    getattr(module, f"train_{args.stage}" if args.stage in MODULES else "train")(run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stages 1 and 2: the autoencoder. 16× downsampling and 2×2 patches, so one transformer token covers 32×32 pixels.
+"""The autoencoder. 16× downsampling and 2×2 patches, so one transformer token covers 32×32 pixels.
 
 The ``encoder`` is not trained by gradient: its weights are set so that a latent is the 32 principal components of a block
 of 16×16 pixels, found level by level. So latents exist, and never change, from the first minute on. The ``decoder`` is

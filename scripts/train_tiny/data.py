@@ -15,7 +15,7 @@ from .scenes import random_scene
 
 CROP = 256
 HELD_OUT_SEED = 10_000_000
-"""Scenes drawn from seeds at and above this are never trained on."""
+"""The model is never trained on scenes that are drawn from seeds at and above this."""
 
 
 def draw_crops(task: tuple[int, int]) -> np.ndarray:

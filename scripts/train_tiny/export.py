@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from . import language, network, steps, tokenizer
+from . import flow, language, network, steps, tokenizer
 from .latents import load_autoencoder
 from .trainer import Run, load_ema
 
@@ -26,7 +26,12 @@ def half(module: nn.Module) -> nn.Module:
 
 
 def train(run: Run) -> None:
-    """Write ``run.out`` afresh; a LoRA whose training has not begun is left out."""
+    """Write ``run.out`` afresh; a LoRA whose training has not begun is left out.
+
+    Raises:
+        ValueError: the guided transformer is of a former state.
+    """
+    flow.require_guided(run)
     out = run.out
     card = (out / "README.md").read_text("utf-8") if (out / "README.md").exists() else None
     shutil.rmtree(out, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Stages 6 to 8: the transformer. ``small`` and ``flow`` learn the velocity field, ``guidance`` bakes classifier-free guidance in.
+"""The transformer: ``small``, ``things`` and ``flow`` learn the velocity field, ``guidance`` bakes classifier-free guidance in.
 
 They are rectified flow (arXiv:2209.03003): x = (1-σ)·picture + σ·noise, the model predicts noise - picture; one prompt
 in ten is empty. ``guidance`` (arXiv:2210.03142) then teaches the same network to answer, for the guidance scale w on its
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from . import language, latents, tokenizer
 from .captions import caption, rich
 from .latents import SERIES, Series
-from .layout import Layout, Teller, around, layout, shown
+from .layout import PARTS, Layout, Teller, around, layout, shown
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import guided, reporter
 from .scenes import Scene
@@ -35,18 +35,20 @@ TOKENS_PER_BATCH = {"cpu": 4_500, "cuda": 60_000}
 """On a CPU time is short, and many small steps learn more in it than few large ones."""
 
 SHARES = {
-    "square": 7.0,
-    "landscape_4_3": 12.0,
+    "square": 14.0,
+    "landscape_4_3": 10.0,
     "portrait_4_3": 2.0,
     "landscape_16_9": 2.0,
     "portrait_16_9": 2.0,
     "square_hd": 2.0,
-    "others": 28.0,
+    "others": 12.0,
+    "between": 14.0,
 }
 """How often the series come up."""
 
-OTHERS = 576
-"""Of how many tokens pictures of any size are computed, so that several sizes are in one batch."""
+OTHERS = 540
+"""How many tokens are computed of pictures of any size, so that several sizes are in one batch. Smaller ones come in halved batches
+alone."""
 
 HALVED = 256
 """Every other batch computes half of its pictures' tokens, by chance which, and so twice as many pictures; but not around things and
@@ -74,8 +76,13 @@ its things sooner, as aligning with another network's features does (arXiv:2410.
 
 @dataclass(frozen=True)
 class Look:
-    """What a batch computes: a share of its pictures' tokens, where it is not all signs' before things' before all others,
-    between two noise levels; ``signs``: only of pictures that have a sign."""
+    """What a batch computes.
+
+    Attributes:
+        share: of its pictures' tokens; below 1 a sign's first, then things', then any others.
+        signs: only of pictures that have a sign.
+        above, below: the noise levels between which it is.
+    """
 
     share: float = 1.0
     signs: bool = False
@@ -140,7 +147,7 @@ class Batch:
 
 
 class Samples(IterableDataset[Batch]):
-    """Endless batches. ``shares`` says how often each series comes up, ``looks`` what is computed, in turn by chance."""
+    """Endless batches. ``shares`` says how often each series comes up, ``looks`` what is computed, by chance."""
 
     def __init__(self, run: Run, shares: dict[str, float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
         self.shares, self.looks = shares, looks
@@ -232,14 +239,16 @@ def flow_batches(run: Run, reader: Callable[[list[str]], Tensor], samples: Sampl
         yield text, sigma, batch.shown.to(run.device), x, target, *known
 
 
-def stress(there: Tensor, sigma: Tensor) -> Tensor:
+def stress(there: Tensor, part: Tensor, sigma: Tensor) -> Tensor:
     """What the error on each token counts, [B, N]: more where something is ``there``. Where noise leaves open where things are, of
-    every token as much more as the other pictures have something there: counting a thing more than its absence would teach that
-    there is one where there only may be (the weighted error is least at :data:`STRESS` times the odds)."""
+    every token as much more as the other pictures have something in the same ``part`` of theirs: counting a thing more than its
+    absence would teach that there is one where there only may be (the weighted error is least at :data:`STRESS` times the odds)."""
     there = there.float()
-    others = there.sum(0) - there
-    often = others / others.amax(1, keepdim=True).clamp(min=1)
-    return 1 + (STRESS - 1) * torch.where(sigma[:, None] > DECIDED, often, there)
+    none = there.new_zeros(len(there), PARTS**2)
+    some, seen = none.scatter_add(1, part, there), none.scatter_add(1, part, torch.ones_like(there))
+    often = (some.sum(0) - some) / (seen.sum(0) - seen).clamp(min=1)
+    often = often / often.amax(1, keepdim=True).clamp(min=1e-6)
+    return 1 + (STRESS - 1) * torch.where(sigma[:, None] > DECIDED, often.gather(1, part), there)
 
 
 def flow_loss(
@@ -257,10 +266,10 @@ def flow_loss(
     hidden: list[Tensor] = []
     lies = Layout(*known)
     error = velocity(model, x, text, sigma, torch.ones_like(sigma), (cos, sin), hidden=hidden) - target
-    weight = stress(lies.kind > 0, sigma)
+    weight = stress(lies.kind > 0, lies.part, sigma)
     told = torch.stack([model.teller(hidden[block], weight, shown, lies) for block in TOLD_AFTER]).mean()
     told = told + model.teller.placed(hidden[PLACED_AFTER], shown)
-    weight = torch.maximum(weight, stress(lies.scenery > 0, sigma))
+    weight = torch.maximum(weight, stress(lies.scenery > 0, lies.part, sigma))
     return (weight[..., None] * error.square()).mean() + TOLD * told
 
 
@@ -276,7 +285,7 @@ def train_things(run: Run) -> None:
 
 def train_flow(run: Run) -> None:
     """Whole pictures, where things go and what signs say, around things alone and signs alone in turn."""
-    train_on(run, shares(run), (WHOLE, WHOLE, WHOLE, PLACES, WORDS, THINGS, SIGNS))
+    train_on(run, shares(run), (WHOLE, WHOLE, WHOLE, PLACES, PLACES, WORDS, THINGS, SIGNS))
 
 
 def train_on(run: Run, series: dict[str, float], looks: tuple[Look, ...] = (WHOLE,)) -> None:
@@ -306,10 +315,26 @@ def forget_guidance(model: Flux2Transformer2DModel) -> None:
     guide.linear_2.weight.zero_()
 
 
+def outdated(run: Run) -> bool:
+    """Whether the guided transformer is of a former state of the one that it is made from."""
+    guided, taught = run.path("guidance.safetensors"), run.path("flow.safetensors")
+    return guided.exists() and taught.exists() and guided.stat().st_mtime < taught.stat().st_mtime
+
+
+def require_guided(run: Run) -> None:
+    """Whatever is made of the guided transformer is made of the newest one.
+
+    Raises:
+        ValueError: ``flow`` has trained on since.
+    """
+    if outdated(run):
+        raise ValueError("the transformer has trained on since guidance. Run the stage guidance again first.")
+
+
 def train_guidance(run: Run) -> None:
     torch._dynamo.config.recompile_limit = 64
     path, taught = run.path("guidance.safetensors"), run.path("flow.safetensors")
-    if path.exists() and path.stat().st_mtime < taught.stat().st_mtime:
+    if outdated(run):
         print(f"guidance: {taught} has trained on since, begun anew from it", flush=True)
         path.unlink()
     teacher = build().to(run.device)

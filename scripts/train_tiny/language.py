@@ -1,4 +1,4 @@
-"""Stage 4: the language model, a small Mistral-3. It reads prompts for the transformer and rewrites short ones.
+"""The language model, a small Mistral-3. It reads prompts for the transformer and rewrites short ones.
 
 It learns next-token prediction on two kinds of line, in the chat format that the pipelines use:
 ``<s>[DESCRIBE][INST] caption [/INST]`` and ``<s>[REWRITE][INST] short [/INST] rich </s>``.

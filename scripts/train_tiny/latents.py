@@ -1,4 +1,4 @@
-"""Stage 5: draw the transformer's training pictures once and keep their latents, a file per series.
+"""Draw the transformer's training pictures once and keep their latents, a file per series.
 
 Latents are kept packed and normalised as the transformer sees them: float16 [tokens of all pictures, 128], the i-th picture
 made from ``random_scene(Random(seed + i))``, so that captions can be written anew every time a picture is used.
@@ -25,8 +25,11 @@ from .render import TOKEN, render
 from .scenes import Scene, random_scene
 from .trainer import Run
 
-SIDES = (16, 32)
-"""The shortest and the longest side of a picture in tokens: 512 and 1024 pixels."""
+SIDES = tuple(range(16, 33))
+"""The sides of pictures in tokens: 512 to 1024 pixels."""
+
+BETWEEN = (20, 21, 22, 27, 28, 29)
+"""Those of them that lie half way between two presets', where places jump from those of one to those of the other."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,20 @@ class Series:
     Attributes:
         count: how many are drawn.
         seed: of the first one.
-        grid: their height and width in tokens; None: each has any of :data:`SIDES`.
+        grid: their height and width in tokens; None: each has any two of ``sides``.
+        sides: in tokens.
     """
 
     count: int
     seed: int
     grid: tuple[int, int] | None = None
+    sides: tuple[int, ...] = SIDES
 
     def picture(self, row: int) -> tuple[Scene, tuple[int, int]]:
         """What a picture shows, and its grid."""
         rng = random.Random(self.seed + row)
         scene = random_scene(rng)
-        return scene, self.grid or (rng.randint(*SIDES), rng.randint(*SIDES))
+        return scene, self.grid or (rng.choice(self.sides), rng.choice(self.sides))
 
     def starts(self, count: int) -> np.ndarray:
         """Where the tokens of ``count`` pictures begin in the file, and last where they end."""
@@ -64,6 +69,7 @@ SERIES = {
     "portrait_16_9": Series(1500, 1_300_000, (32, 18)),
     "square_hd": Series(1500, 1_400_000, (32, 32)),
     "others": Series(9000, 1_500_000),
+    "between": Series(8000, 1_600_000, sides=BETWEEN),
 }
 """The smallest is what training begins with: what words mean can be learnt on a quarter of the tokens. Then the presets, and
 pictures of any size from 512 to 1024, a few of each, so that none is learnt by heart."""

@@ -21,6 +21,9 @@ SIGN, ORB = len(KINDS) + 1, len(KINDS) + 2
 PLAIN = -1
 """The number among colours of what has none of its own."""
 
+PARTS = 16
+"""Into how many parts each side of a picture is divided to compare pictures of different sizes."""
+
 LETTERS = 1 + 26
 POSE = 3
 CELLS = TOKEN // CELL
@@ -35,11 +38,13 @@ class Layout(NamedTuple):
     Attributes:
         kind: [B, N], 0 for landscape.
         colour: of a thing, [B, N], else :data:`PLAIN`.
-        pose: where in what lies there the token's middle lies, and how large it is, [B, N, 3].
+        pose: of the token's middle in the box of what lies there, x and y, -1 to 1 within it, and the logarithm of the box's height in
+            tokens, [B, N, 3].
         letters: under the token's left and right half, [B, N, 2], 0 for none.
         outline: which of its cells things, sun or moon cover, [B, N, 16].
         scenery: whether the landscape has more than sky and ground there, [B, N], 1 or 0.
         nearness: to each of the places across, and to the horizon, [B, N, 4], of :func:`nearness`.
+        part: of :data:`PARTS` by as many, in which the token lies, [B, N].
     """
 
     kind: Tensor
@@ -49,6 +54,7 @@ class Layout(NamedTuple):
     outline: Tensor
     scenery: Tensor
     nearness: Tensor
+    part: Tensor
 
 
 class Teller(nn.Module):
@@ -137,18 +143,22 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> Layout:
             left, top, right, bottom = (v / TOKEN for v in (spot.left, spot.top, spot.right, spot.bottom))
             rows = slice(max(0, round(top)), min(height, max(round(bottom), round(top) + 1)))
             columns = slice(max(0, round(left)), min(width, max(round(right), round(left) + 1)))
-            y, x = np.mgrid[rows, columns] + 0.5
-            kind[i, rows, columns] = number(spot.what)
-            colour[i, rows, columns] = COLOURS.index(spot.what.colour) if isinstance(spot.what, Thing) else PLAIN
-            at = ((x - left) / (right - left), (y - top) / (bottom - top))
-            pose[i, rows, columns] = np.stack([2 * at[0] - 1, 2 * at[1] - 1, np.full_like(x, np.log(bottom - top))], -1)
+            its = np.zeros((height, width), bool)
+            its[rows, columns] = True
             if spot.outline is not None:
                 outline[i] |= spot.outline
+                its |= spot.outline.reshape(height, CELLS, width, CELLS).any((1, 3))
+            y, x = (at + 0.5 for at in np.nonzero(its))
+            kind[i, its] = number(spot.what)
+            colour[i, its] = COLOURS.index(spot.what.colour) if isinstance(spot.what, Thing) else PLAIN
+            across, down = 2 * (x - left) / (right - left) - 1, 2 * (y - top) / (bottom - top) - 1
+            pose[i, its] = np.stack([across, down, np.full_like(x, np.log(bottom - top))], -1)
             if isinstance(spot.what, Sign):
                 start, upper, side = (v / TOKEN for v in spot.letters)
                 row = int(upper + side / 2)
                 for half in (0, 1):
-                    index = np.floor((x[0] - 0.25 + half / 2 - start) / side).astype(int)
+                    middle = np.arange(columns.start, columns.stop) + 0.25 + half / 2
+                    index = np.floor((middle - start) / side).astype(int)
                     under = [ord(spot.what.word[n]) - 64 if 0 <= n < len(spot.what.word) else 0 for n in index]
                     letters[i, row, columns, half] = under
     cells = outline.reshape(len(scenes), height, CELLS, width, CELLS).transpose(0, 1, 3, 2, 4)
@@ -160,7 +170,14 @@ def layout(scenes: list[Scene], bucket: tuple[int, int]) -> Layout:
         torch.from_numpy(cells.astype(np.float32)).flatten(3).flatten(1, 2),
         torch.from_numpy(behind).flatten(1),
         near.expand(len(scenes), -1, -1),
+        parts(height, width).expand(len(scenes), -1),
     )
+
+
+def parts(height: int, width: int) -> Tensor:
+    """In which part of a picture of so many tokens each token lies, [N]."""
+    row, column = torch.arange(height) * PARTS // height, torch.arange(width) * PARTS // width
+    return (row[:, None] * PARTS + column).flatten()
 
 
 def nearness(height: int, width: int) -> np.ndarray:

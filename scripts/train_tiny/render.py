@@ -554,7 +554,7 @@ def pyramid(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
 def star(p: Painter, x: float, y: float, s: float, c: RGB) -> None:
     cy, points = y - s * 0.46, []
     for i in range(10):
-        r, a = (s * 0.54, s * 0.54)[0] * (1 if i % 2 == 0 else 0.44), -math.pi / 2 + i * math.pi / 5
+        r, a = s * 0.54 * (1 if i % 2 == 0 else 0.44), -math.pi / 2 + i * math.pi / 5
         points.append((x + r * math.cos(a), cy + r * math.sin(a)))
     p.poly(points, p.lit(c))
     p.poly([points[0], points[1], (x, cy)], mix(p.lit(c), (255, 255, 255), 0.3))
@@ -714,8 +714,8 @@ class Spot:
 
 
 def spots(scene: Scene, width: int, height: int) -> list[Spot]:
-    """Where :func:`render` puts sun or moon, sign and things, a later one before an earlier one, told by a picture of an eighth of the
-    size. The backdrop may hide some of a sun."""
+    """Where :func:`render` puts sun or moon, sign and things, told by a picture of an eighth of the size, in the order in which they
+    are drawn, a later one hiding earlier ones. The backdrop may hide some of a sun."""
     p = Outliner(scene, width // CELL, height // CELL, TOKEN / CELL)
     scale = CELL / SUPERSAMPLE
     found = []
@@ -744,7 +744,6 @@ def scenery(scene: Scene, width: int, height: int) -> np.ndarray:
     for painter in (full, bare):
         painter.landscape()
     apart = np.abs(np.asarray(full.image, dtype=int) - np.asarray(bare.image)).max(-1) > 12
-    apart[round(full.horizon + full.grid) :] = False  # where waves fall otherwise
     side = TOKEN * SUPERSAMPLE // CELL
     cells = apart.reshape(apart.shape[0] // side, side, apart.shape[1] // side, side).mean((1, 3))
     return cells > 0.05

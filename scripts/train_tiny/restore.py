@@ -58,7 +58,8 @@ def train(run: Run) -> None:
     for stage, parts in (("encoder", ("encoder", "quant_conv")), ("decoder", ("decoder", "post_quant_conv"))):
         keep(run, stage, {n: p for n, p in vae.named_parameters() if n.split(".")[0] in parts})
     statistics = torch.stack([vae.bn.running_mean, vae.bn.running_var]).float().numpy()
-    np.save(run.path("latent_statistics.npy"), statistics)
+    if not run.path("latent_statistics.npy").exists():
+        np.save(run.path("latent_statistics.npy"), statistics)
     text = Mistral3ForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     keep(run, "language", parameters(text))
     transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)

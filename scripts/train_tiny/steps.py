@@ -1,4 +1,4 @@
-"""Stages 9 to 11: step distillation. ``trajectories`` records the guided transformer's own 16-step paths from noise to
+"""Step distillation. ``trajectories`` records the guided transformer's own 16-step paths from noise to
 picture; ``turbo`` and ``flash`` train a LoRA each to cross 2 or 4 of those steps in one (progressive distillation,
 arXiv:2202.00512, with the path's chord as the velocity to learn).
 """
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .captions import caption, rich
-from .flow import Reader
+from .flow import Reader, require_guided
 from .network import TEXT_TOKENS, build, rotary, velocity
 from .sample import denoise, reporter, shifted
 from .scenes import random_scene
@@ -36,6 +36,7 @@ STEPS = {"turbo": 8, "flash": 4}
 
 
 def teacher_of(run: Run) -> Flux2Transformer2DModel:
+    require_guided(run)
     model = build().to(run.device)
     load_ema(run.path("guidance.safetensors"), model)
     return model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Stage 3: a byte-level BPE tokenizer over captions. Text in double quotes and runs of capitals are split into single
+"""A byte-level BPE tokenizer over captions. Text in double quotes and runs of capitals are split into single
 letters, so that the model can spell what it has to write on a sign."""
 
 from __future__ import annotations

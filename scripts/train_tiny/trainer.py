@@ -1,6 +1,7 @@
 """What every stage shares: where things lie, one training loop with checkpoints, EMA and a clock.
 
-A stage trains for a number of minutes and can be stopped and started again at any time. The learning rate warms up,
+A stage trains for a number of minutes, writes a checkpoint every ten and at least four in all, and goes on from the last one when it
+is started again. The learning rate warms up,
 stays, and falls linearly to a tenth over the last quarter of the minutes given, so that a run of any length ends tidily.
 """
 
@@ -37,9 +38,9 @@ class Run:
         minutes: how long this call may train.
         device: "cpu" or "cuda".
         compile: use torch.compile for the training step.
-        seed: seed of the data that the stage draws.
+        seed: of the autoencoder's crops; what other stages draw is always the same, or never twice.
         out: folder that the export stage writes.
-        share: of the pictures and paths that the recipe draws; below 1 where time is short.
+        share: of the transformer's pictures and paths that the recipe draws; below 1 where time is short.
     """
 
     work: Path
@@ -169,7 +170,7 @@ class Trainer:
         ema: float = 0.9995,
         decay: float = 0.01,
     ) -> None:
-        self.run, self.name, self.model, self.decay = run, name, model, ema
+        self.run, self.name, self.model, self.ema = run, name, model, ema
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.params.items()}
         inner = [p for n, p in self.params.items() if muon and INNER.search(n) and p.ndim > 1 and len(p) > 1]
@@ -272,7 +273,7 @@ class Trainer:
                     flush=True,
                 )
                 self.told, rate_seen, rate_time = now, self.seen, now
-            if now - self.saved > 600:
+            if now - self.saved > min(600, 15 * self.run.minutes):
                 self.save()
                 if every:
                     every(self.step)
@@ -282,7 +283,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        beta = min(self.decay, (1 + self.step) / (10 + self.step))
+        beta = min(self.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - beta)
 
 
