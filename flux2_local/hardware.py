@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -138,10 +139,13 @@ def _probe_cuda(device: str) -> Hardware:
             f"There is no {device}; this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0."
         )
     facts = torch.cuda.get_device_properties(index)
-    sm = facts.major * 10 + facts.minor
+    amd = torch.version.hip is not None  # whose numbers are no compute capabilities
+    sm = 0 if amd else facts.major * 10 + facts.minor
+    gc.collect()
+    torch.cuda.empty_cache()  # what this process holds and does not use is free
     free, total = torch.cuda.mem_get_info(index)
     rated = rate_of(facts.name, sm, facts.multi_processor_count)
-    fast = ("bfloat16", "float16") if sm >= 80 else ("float16",)
+    fast = ("bfloat16", "float16") if amd or sm >= 80 else ("float16",)
     growing = segments.grow(f"cuda:{index}")  # before a kernel is tried there: it asks for memory that is new
     kernels = place_of(f"cuda:{index}").triton and sm >= LEAST_SM  # without them plain torch quantizes rows
     rated = replace(rated, eight_bit=rated.eight_bit if kernels else {})
@@ -266,14 +270,25 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+ASKED = {
+    "avx512f": "_is_avx512_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "avx512_vnni": "_is_vnni_supported",
+    **dict.fromkeys(("amx_tile", "amx_bf16", "amx_int8"), "_is_amx_tile_supported"),
+}
+"""What torch is asked of instruction sets where the system does not list them; what has one of AMX has all three."""
+
+
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets that the processor announces; empty where the system does not say."""
+    """Instruction sets that the processor has, by Linux's names."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as f:
             line = next((row for row in f if row.startswith(("flags", "Features"))), "")
     except OSError:
-        return frozenset()
+        import torch
+
+        return frozenset(flag for flag, name in ASKED.items() if getattr(torch.cpu, name, bool)())
     return frozenset(line.partition(":")[2].split())
 
 
@@ -317,6 +332,14 @@ def show_cores() -> str:
     return f"{cores} core{'s' if cores != 1 else ''}"
 
 
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+"""Where a container's limit stands in either version of control groups: folder, files of the limit and of what is used, and what rows
+about kept files begin with in ``memory.stat``. Those files are used too, until something else needs their room."""
+
+
 def host_memory() -> tuple[int, int]:
     """Bytes of host memory: available now, and in all. Container limits count."""
     try:
@@ -328,16 +351,15 @@ def host_memory() -> tuple[int, int]:
             return windows_memory()
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         available = int(total * 0.7)
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit_file, used_file, prefix in CGROUPS:
         try:
-            limit, used = (int(Path(name).read_text("ascii")) for name in (limit_file, used_file))
+            limit, used = (int((folder / name).read_text("ascii")) for name in (limit_file, used_file))
+            rows = dict(row.split() for row in (folder / "memory.stat").read_text("ascii").splitlines())
+            files = sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
         except (OSError, ValueError):
             continue
         if limit < total:
-            return min(available, max(0, limit - used)), limit
+            return min(available, max(0, limit - (used - files))), limit
     return available, total
 
 

@@ -320,14 +320,13 @@ def fill(network: nn.Module, held: ComponentPlan, dtype: str, source: Source, de
         What the user should know, or "".
     """
     updates = [(loras.read(a.path), a.strength) for a in source.adapters]
+    for adapter, (update, _) in zip(source.adapters, updates, strict=True):
+        loras.check(network, update, adapter.path.name)
     home = device if held.placement == "resident" and device.type != "cpu" else None
     if held.format in DTYPES:
         weights.fill(network, source.tensors(network), dtype=DTYPES[held.format], device=home)
-        for adapter, (update, strength) in zip(source.adapters, updates, strict=True):
-            loras.merge(network, update, strength, adapter.path.name, home)
+        loras.merge(network, updates, home)
         return ""
-    for adapter, (update, _) in zip(source.adapters, updates, strict=True):
-        loras.check(network, update, adapter.path.name)
     recipe, kind = Recipe(held.format, keep=held.keep), DTYPES[dtype]
     adapters = [(a.path, a.strength) for a in source.adapters]
     stem = f"{source.checkpoint.name}-{source.component}"

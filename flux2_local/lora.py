@@ -27,6 +27,10 @@ class Update:
     scale: float
 
 
+Adapted = tuple[dict[str, Update], float]
+"""An adapter's updates by the hub names of layers, and what they are multiplied by."""
+
+
 @dataclass(frozen=True)
 class Scaling:
     """What a file's updates are scaled by, as PEFT does it.
@@ -123,30 +127,23 @@ def _convert(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def merge(
-    module: nn.Module, updates: dict[str, Update], strength: float, source: str, home: torch.device | None = None
-) -> None:
-    """Add updates to a dense module's weights, computed in float32 and rounded once.
+def merge(module: nn.Module, adapters: list[Adapted], home: torch.device | None = None) -> None:
+    """Add the updates of adapters to a dense module's weights, summed in float32 and rounded once.
 
     Args:
-        module: changed in place.
-        updates: hub name of the layer -> what is added to its weight.
-        strength: what updates are multiplied by.
-        source: what to call the adapter in errors.
+        module: changed in place; the updates fit (:func:`check`).
+        adapters: what is added to it.
         home: where merged weights go; each stays where it was where None.
-
-    Raises:
-        WeightsDamagedError: an update names a module that is not there or has another shape.
     """
-    check(module, updates, source)
-    layers = ((name, module.get_submodule(name)) for name in updates)
+    names = dict.fromkeys(name for updates, _ in adapters for name in updates)
+    layers = ((name, module.get_submodule(name)) for name in names)
     for name, layer in mapping.fetched(layers, lambda one: [one[1].get_parameter("weight").detach()]):
         assert isinstance(layer, nn.Linear)
-        merged = added(name, layer.weight, [(updates, strength)]).to(home or layer.weight.device, layer.weight.dtype)
+        merged = added(name, layer.weight, adapters).to(home or layer.weight.device, layer.weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)
 
 
-def added(name: str, weight: Tensor, adapters: list[tuple[dict[str, Update], float]]) -> Tensor:
+def added(name: str, weight: Tensor, adapters: list[Adapted]) -> Tensor:
     """The weight of layer ``name`` with every adapter's update of it at its strength, summed in float32; ``weight`` itself
     where there is none."""
     for updates, strength in adapters:

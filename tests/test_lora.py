@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Pipeline
 from safetensors.torch import save_file
 
-from flux2_local import Flux2, WeightsDamagedError, load
+from flux2_local import Flux2, WeightsDamagedError, load, lora
 from flux2_local.lora import Lora
 from flux2_local.model.meta import meta
 from flux2_local.model.transformer import Flux2Transformer
@@ -114,6 +114,21 @@ def test_several_loras_add_up(tmp_path, dev_folder):
     twice = pixels(Flux2.load(dev_folder, acceleration="none", lora=[(path, 0.25), (path, 0.75)]))
     once = pixels(Flux2.load(dev_folder, acceleration="none", lora=path))
     assert np.abs(twice - once).max() <= 2
+
+
+def test_several_loras_are_rounded_once():
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(32, 48, bias=False, dtype=torch.bfloat16) for name in "abc"})
+    before = {name: layer.weight.detach().clone() for name, layer in net.items()}
+    named = [
+        ({name: lora.Update(torch.randn(4, 32), torch.randn(48, 4), 0.1) for name in names}, 0.7)
+        for names in ("ab", "bc")
+    ]
+    lora.merge(net, named)
+    for name, layer in net.items():
+        added = sum(0.7 * 0.1 * (one[name].up @ one[name].down) for one, _ in named if name in one)
+        exact = before[name].float() + added
+        assert ((layer.weight - exact).abs() <= exact.abs() * 2**-8 * 1.001).all(), name
 
 
 def test_what_is_merged_goes_to_the_device_at_once(tmp_path, dev_folder):

@@ -217,6 +217,27 @@ def test_host_memory_on_windows(tmp_path, monkeypatch):
     assert hardware.host_memory() == (2**34, 2**35)
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "row"),
+    [("memory.max", "memory.current", "{}_file"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file")],
+)
+def test_files_that_a_container_has_read_do_not_take_its_memory(limit, used, row, tmp_path, monkeypatch):
+    (tmp_path / limit).write_text(f"{2**32}\n")
+    (tmp_path / used).write_text(f"{2**32 - 2**20}\n")
+    kept = {"anon": 5, row.format("inactive"): 2**30, row.format("active"): 2**29, "file_mapped": 7}
+    (tmp_path / "memory.stat").write_text("".join(f"{name} {size}\n" for name, size in kept.items()))
+    groups = [(tmp_path, *rest) for _, *rest in hardware.CGROUPS]
+    monkeypatch.setattr(hardware, "CGROUPS", groups)
+    available, total = hardware.host_memory()
+    assert total == 2**32 and available == 2**20 + 2**30 + 2**29
+
+
+def test_instructions_are_asked_for_where_the_system_does_not_list_them(tmp_path, monkeypatch):
+    listed = hardware.cpu_flags()
+    monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / "nowhere")
+    assert hardware.cpu_flags.__wrapped__() == listed & hardware.ASKED.keys()
+
+
 def test_a_plan_says_what_it_counts_of_host_memory():
     for device, some in (("h200", False), ("laptop-8gb", True)):
         plan = make_plan(need("klein-9b"), from_preset(device))

@@ -421,7 +421,7 @@ def test_a_write_that_fails_leaves_nothing_and_is_said(dev_folder, monkeypatch):
     assert not files()
 
 
-def test_old_files_of_a_network_are_dropped(dev_folder):
+def test_files_of_a_network_that_were_not_used_for_longest_are_dropped(dev_folder):
     net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False)])})
     names = convert.convert(net, Recipe("builtin-int8"), torch.float32, CPU)
     for number in range(4):
@@ -430,6 +430,11 @@ def test_old_files_of_a_network_are_dropped(dev_folder):
         os.utime(kept.path, (number, number))
     disk.Kept("m-transformer-2", Recipe("builtin-int8"), torch.float32, "0").write(net, names)
     assert len(files()) == disk.KEPT_PER_NETWORK + 1 and kept.path in files()
+    with torch.device("meta"):
+        fresh = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False)])})
+    assert kept.read(fresh, CPU)
+    disk.Kept("m-transformer", Recipe("builtin-int8"), torch.float32, "4").write(net, names)
+    assert kept.path in files(), "used later than the other was made"
 
 
 # ---- LoRA ----

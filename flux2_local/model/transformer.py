@@ -427,12 +427,14 @@ class Flux2Transformer(nn.Module):
         return self._rotary.get(key, lambda: self._make_rotary(ids))
 
     def _make_rotary(self, ids: Tensor) -> Rotary:
-        tables = []
+        home, tables = ids.device, []
+        if home.type == "mps":  # which has no float64
+            ids = ids.cpu()
         for axis, dim in enumerate(self.config.axes_dims_rope):
             powers = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
             tables.append(torch.outer(ids[:, axis].double(), 1.0 / self.config.rope_theta**powers))
         angles = torch.cat(tables, -1)
-        return Rotary(angles.cos().float(), angles.sin().float())
+        return Rotary(angles.cos().float().to(home), angles.sin().float().to(home))
 
     def context(self, text: Tensor) -> Tensor:
         """Prompt embeddings [B, L, joint] -> [B, L, D]."""

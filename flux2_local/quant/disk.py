@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -113,6 +114,8 @@ class Kept:
             made = self._made(network, found, device)
         except (WeightsDamagedError, KeyError, ValueError):
             return False
+        with suppress(OSError):
+            os.utime(self.path)  # the time of use, by which files go
         for name, value in made.items():
             if isinstance(value, nn.Module):
                 network.set_submodule(name, value)
@@ -211,7 +214,7 @@ class Kept:
             raise WeightsDamagedError(str(error)) from error
 
     def _prune(self) -> None:
-        """Delete the oldest files of this network beyond :data:`KEPT_PER_NETWORK`."""
+        """Delete the files of this network that were not used for longest, beyond :data:`KEPT_PER_NETWORK`."""
         names = re.compile(re.escape(self.stem) + r"-[0-9a-f]{20}\.safetensors")
         mine = [path for path in folder().iterdir() if names.fullmatch(path.name)]
         for path in sorted(mine, key=lambda p: p.stat().st_mtime)[:-KEPT_PER_NETWORK]:
