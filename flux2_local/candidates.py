@@ -234,6 +234,7 @@ class Draft:
             summed=self.form is not None and self.form.product == "int8" and summed(t.hardware, t.dtype),
             unfolding=t.hardware.kind == "cpu" and unfolds_convolutions(t.dtype),
             widening=t.hardware.kind != "cpu" or widens_int8_weights(),
+            widened=t.dtype == "bfloat16" and 0 < (t.hardware.sm or 0) < 80,
         )
 
     @property

@@ -108,22 +108,24 @@ class Workspaces(TorchFunctionMode):
     q's type, and on a CPU each thread's scores. A CPU's convolutions of contiguous pictures work in a layout of their own, to which
     the picture is copied and from which the result is; a card's work channels-last, and group norms give contiguous pictures there.
     Where a CPU's library has no convolutions of a type, torch writes out every value once for each place of the kernel that it is
-    under, and multiplies matrices. Source: ``slow_conv2d_forward_out_cpu`` in ``aten/src/ATen/native/ConvolutionMM2d.cpp``.
+    under, and multiplies matrices. Source: ``slow_conv2d_forward_out_cpu`` in ``aten/src/ATen/native/ConvolutionMM2d.cpp``. Attention
+    that is widened has what it is given and its result in float32 beside.
 
     Args:
         threads: of a CPU; 0 on a card.
         copying: whether convolutions copy their pictures so.
         unfolding: whether they write them out so, which is instead.
+        widened: whether attention is (:func:`flux2_local.model.ops.widened`).
     """
 
-    def __init__(self, threads: int, copying: bool, unfolding: bool = False) -> None:
+    def __init__(self, threads: int, copying: bool, unfolding: bool = False, widened: bool = False) -> None:
         super().__init__()
-        self.threads, self.copying, self.unfolding = threads, copying, unfolding
+        self.threads, self.copying, self.unfolding, self.widened = threads, copying, unfolding, widened
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and not written_out():
-            return self.attention(args[0], kwargs.get("attn_mask"))
+            return self.attention(*args[:3], kwargs.get("attn_mask"))
         result = func(*args, **kwargs)
         if func is F.conv2d and self.unfolding:
             weight = args[1]
@@ -133,8 +135,10 @@ class Workspaces(TorchFunctionMode):
             torch.empty(max(args[0].nbytes, result.nbytes), dtype=torch.uint8)
         return result
 
-    def attention(self, q: Tensor, mask: Tensor | None) -> Tensor:
-        beside = [] if mask is None else [torch.empty(mask.shape, dtype=q.dtype)]
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        wide = torch.float32 if self.widened else q.dtype
+        beside = [] if mask is None else [torch.empty(mask.shape, dtype=wide)]
+        beside += [torch.empty(x.shape, dtype=wide) for x in (q, k, v, q) if self.widened]
         beside.append(torch.empty(q.shape[:-1], dtype=torch.float32))
         beside.append(torch.empty(self.threads * scores_of_a_thread(q), dtype=torch.uint8))
         result = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)

@@ -123,7 +123,7 @@ def counted(network: nn.Module, setup: Setup) -> Iterator[Peak]:
     with (
         torch.device("meta"),
         torch.no_grad(),
-        Workspaces(setup.threads, copying, setup.unfolding),
+        Workspaces(setup.threads, copying, setup.unfolding, setup.widened),
         Peak(network) as peak,
     ):
         yield peak
@@ -201,6 +201,7 @@ class Setup:
         summed: whether int8 products leave int32 sums.
         unfolding: whether convolutions write their pictures out (:func:`flux2_local.hardware.unfolds_convolutions`).
         widening: whether torchao's int8 products make the weights in 32 bit (:func:`flux2_local.hardware.widens_int8_weights`).
+        widened: whether attention is computed in float32 (:func:`flux2_local.model.ops.widened`).
     """
 
     arch: Architecture
@@ -219,6 +220,7 @@ class Setup:
     summed: bool = False
     unfolding: bool = False
     widening: bool = True
+    widened: bool = False
 
     def rows(self, work: Work) -> int:
         """Of the batch that goes through the transformer."""

@@ -8,17 +8,21 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flux2_kernels import constraint
 from test_plan import need
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from flux2_local import BackendUnavailableError, Flux2, RequestError, attention, load
+from flux2_local import BackendUnavailableError, Flux2, RequestError, attention, footprint, load
 from flux2_local.attention import BACKENDS, Problem, flash2, flash3, flex, pick, sage, sdpa, trial, xformers
+from flux2_local.candidates import LAYOUTS, Draft, Terms
 from flux2_local.choices import choose_ops
 from flux2_local.cli import app
+from flux2_local.counting import Peak, Workspaces
 from flux2_local.hardware import Package, from_preset
+from flux2_local.model import ops
 from flux2_local.model.compiled import reason_against
 from flux2_local.model.ops import REFERENCE
 from flux2_local.plan import built, explain, make_plan
@@ -340,6 +344,34 @@ def test_triton_that_does_not_run_here_is_not_planned_with(monkeypatch):
 def test_an_old_card_keeps_plain_torch():
     plan = make_plan(need(), replace(from_preset("rtx-4090"), sm=75))
     assert plan.ops == "reference" and "compute capability 8.0" in explain(plan)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_card_that_has_no_kernel_for_bf16_attends_in_float32(masked, monkeypatch):
+    q, k, v = torch.randn(3, 2, 4, 96, 64, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, 96, 96, dtype=torch.bool).tril() if masked else None
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).bfloat16()
+    assert not torch.equal(ops.fused_attention(q, k, v, mask), exact)
+    with torch.device("meta"), Workspaces(0, copying=False, widened=True), Peak() as peak:
+        ops.fused_attention(*(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)))
+    inputs, sums = 3 * q.nbytes, 4 * q[..., 0].numel()
+    assert peak.peak == inputs + 4 * 2 * q.nbytes + sums + q.nbytes
+    monkeypatch.setattr(ops, "widened", lambda dtype, device: True)
+    assert torch.equal(ops.fused_attention(q, k, v, mask), exact)
+
+
+def test_such_a_card_is_planned_with_what_that_takes():
+    card = from_preset("laptop-8gb")
+    old, new = (
+        Draft(Terms(need(), replace(card, sm=sm), "bfloat16", 0, "reference", "sdpa", False, False), None, LAYOUTS[0])
+        for sm in (75, 80)
+    )
+    assert (old.setup.widened, new.setup.widened) == (True, False)
+    work, width = need().work, need().arch.transformer.width
+    tokens = need().arch.text_tokens + need().arch.tokens(work.width, work.height)
+    more = footprint.denoising(old.setup, work) - footprint.denoising(new.setup, work)
+    assert 0 < more <= 4 * 4 * tokens * width
+    assert make_plan(need(), replace(card, sm=75)).peak_bytes <= card.free
 
 
 @pytest.mark.parametrize("device", ["rtx-4090", "cpu-8"])

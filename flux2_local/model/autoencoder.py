@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops import fused_attention
+
 NORM_EPS = 1e-6
 
 
@@ -72,7 +74,7 @@ class MidAttention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.group_norm(x.view(b, c, h * w)).transpose(1, 2)
         q, k, v = (to(tokens)[:, None] for to in (self.to_q, self.to_k, self.to_v))
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        out = self.to_out[0](fused_attention(q, k, v)[:, 0])
         # The sum takes the memory layout of its first term, and convolutions round differently in another layout.
         return out.transpose(1, 2).reshape(b, c, h, w) + x
 

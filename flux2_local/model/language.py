@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import WeightsDamagedError
+from .ops import fused_attention
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class SelfAttention(nn.Module):
             k, v = past.add(k, v)
         k, v = (t.repeat_interleave(self.groups, 1) if self.groups > 1 else t for t in (k, v))
         causal = mask is None and q.shape[2] == k.shape[2]  # a token alone sees all that came before it
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        out = fused_attention(q, k, v, mask, causal)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 

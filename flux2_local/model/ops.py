@@ -145,8 +145,27 @@ def beside(left: Tensor | None, x: Tensor, activation: Callable[[Tensor, Tensor 
     return both
 
 
+@torch.compiler.assume_constant_result
+def widened(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has no kernel for attention in a type that does not write every score to memory, as for bf16 on cards before
+    compute capability 8.0. Source: ``check_mem_efficient_hardware_support`` and the types beside it in
+    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``."""
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """torch's scaled dot product attention of [B, H, T, d], by a boolean ``mask`` [B, 1, T, S]; in float32 where it is
+    :func:`widened`."""
+    if widened(q.dtype, q.device):
+        found = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+        return found.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-    found = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    found = fused_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return found if out is None else out.copy_(found)
 
 
