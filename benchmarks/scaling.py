@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.benchmark.utils.timer import timer
 
 from flux2_local import costs, rates
 from flux2_local.bench import environment
@@ -31,6 +31,7 @@ from flux2_local.files import free_name, replacing, write
 from flux2_local.hardware import Hardware, probe
 from flux2_local.model.transformer import TransformerConfig
 from flux2_local.presets import families, models, show_bytes
+from flux2_local.stages import synchronize
 
 from . import synthetic
 
@@ -117,7 +118,8 @@ def measure(points: Sequence[Point], device: torch.device, rounds: int) -> list[
     for number in range(rounds + 1):
         for one in list(able):
             point, call = one
-            start = timer()  # waits for the card
+            synchronize(device)
+            start = time.perf_counter()
             try:
                 call()
             except torch.OutOfMemoryError as error:
@@ -125,7 +127,8 @@ def measure(points: Sequence[Point], device: torch.device, rounds: int) -> list[
                 refused.append(without_memory(f"{point.sweep} {point.value}", error))
                 continue
             if number:
-                point.samples.append(timer() - start)
+                synchronize(device)
+                point.samples.append(time.perf_counter() - start)
     return refused
 
 

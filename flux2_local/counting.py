@@ -124,7 +124,7 @@ class Workspaces(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not written_out():
+        if func is F.scaled_dot_product_attention:
             return self.attention(*args[:3], kwargs.get("attn_mask"))
         result = func(*args, **kwargs)
         if func is F.conv2d and self.unfolding:
@@ -144,12 +144,6 @@ class Workspaces(TorchFunctionMode):
         result = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
         del beside
         return result
-
-
-def written_out() -> bool:
-    """Whether torch is held to attention that writes every score to memory."""
-    allowed = torch.backends.cuda
-    return not (allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled())
 
 
 def scores_of_a_thread(q: Tensor) -> int:

@@ -63,10 +63,6 @@ class Weights:
         ring = moving[0] * min(RING, len(moving)) if moving else 0
         return self.rest + ring + sum(self.blocks[number] for number in kept)
 
-    def moving(self, stay: tuple[int, ...]) -> int:
-        """What comes through the ring in every pass."""
-        return sum(self.blocks) - sum(self.blocks[number] for number in set(stay))
-
 
 @cache
 def weights(

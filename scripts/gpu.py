@@ -87,6 +87,9 @@ QUICK = {
 """Options of the models' parts in a dry run."""
 
 SANITIZED = ("modulated_norm_quantized", "gated_residual_norm", "qk_norm_rope", "swiglu_quantized", "linear_w8a8_gated")
+FAILED = "FAILED"
+"""What a check that failed is printed with."""
+
 GRACE = 20
 """Seconds that a process which was interrupted has to end."""
 
@@ -183,7 +186,7 @@ def check(run: Run, op: Op) -> list[Check]:
     print(f"{op.name}: {passed} of {len(done)} checks passed, largest error {worst:.2f} of its bound", flush=True)
     for one in done:
         if not one.passed:
-            print(f"  FAILED {one.case} {one.form} {one.implementation}: {one.fault}", flush=True)
+            print(f"  {FAILED} {one.case} {one.form} {one.implementation}: {one.fault}", flush=True)
     return done
 
 
@@ -204,7 +207,7 @@ def sanitize(run: Run) -> str:
     found, refused = re.search(r"ERROR SUMMARY: (\d+) error", ran.stdout), "not supported" in ran.stdout
     if not ran.returncode and not refused:
         return f"clean: {', '.join(names)}"
-    if found and int(found[1]) and not refused:
+    if ((found and int(found[1])) or FAILED in ran.stdout) and not refused:
         return f"failed with {ran.returncode} in {', '.join(names)}: {ran.stdout[-2000:]}"
     return f"not run: it ended with {ran.returncode}: {ran.stdout[-2000:]}"  # containers may keep it from the card
 
@@ -234,7 +237,7 @@ def tune(run: Run) -> Path:
 
     sm, few = run.place.sm or 89, ("modulated_norm", "linear_w4a8", "scale")
     asked = {op.name for op in run.ops}
-    kernels = [k for k in tables.table(sm)["configs"] if asked & ops_of(k, sm) and (not run.dry or k in few)]
+    kernels = [k for k in tables.table(sm)["configs"] if asked & ops_of(k) and (not run.dry or k in few)]
     place = run.place if run.place.sm else type(run.place)("cpu", sm, triton=True, interpreter=True)
     cut = (lambda op, case: op.cases[1]) if run.dry else (lambda op, case: case)
     tuner = Tuner(place, run.device, cut, most=2 if run.dry else None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from simulated import SimulatedLink
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +17,6 @@ from flux2_local.candidates import LAYOUTS, SYSTEM_RESERVE, Draft, Terms
 from flux2_local.model.blocks import repeated
 from flux2_local.model.language import Remainder
 from flux2_local.offload import mapped, staged, streamed, visiting
-from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.staged import hold
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import ALIGNMENT, hung

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from simulated import SimulatedLink, VirtualLink
 from test_torch_compile import SIZES, forward, fresh, network  # noqa: F401
 from torch import nn
 from torch._dynamo.utils import counters
@@ -18,7 +19,6 @@ from flux2_local.explore import family_architecture
 from flux2_local.model.compiled import compile_blocks
 from flux2_local.model.ops import REFERENCE
 from flux2_local.offload import streamed
-from flux2_local.offload.simulated import SimulatedLink, VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed, hung
 from flux2_local.presets import models

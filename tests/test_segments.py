@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from simulated import VirtualLink
 from test_plan import need
 
 from flux2_local import footprint, quant, segments
@@ -15,7 +16,6 @@ from flux2_local.model.blocks import repeated
 from flux2_local.model.meta import meta
 from flux2_local.model.ops import Rotary
 from flux2_local.model.transformer import Flux2Transformer, Modulation
-from flux2_local.offload.simulated import VirtualLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.offload.tensors import Packed
 from flux2_local.presets import parse_bytes

@@ -32,7 +32,7 @@ UNPINNED = (
 
 
 class Link(Protocol):
-    """What streaming needs of a device. Implementations: below, and without a card in :mod:`.simulated`."""
+    """What streaming needs of a device. Implementations: below, and in tests some without a card."""
 
     device: torch.device
 

@@ -218,11 +218,13 @@ def test_the_record_names_what_was_sanitized(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     refused = "========= Error: Device not supported. RuntimeError: CUDA error 999. ERROR SUMMARY: 1 error"
     found = "out of bounds ========= ERROR SUMMARY: 3 errors"
+    wrong = f"  {gpu.FAILED} a case ========= ERROR SUMMARY: 0 errors"
     for code, text, said in (
         (0, "", "clean: swiglu_quantized"),
         (3, found, f"failed with 3 in swiglu_quantized: {found}"),
         (1, refused, f"not run: it ended with 1: {refused}"),
         (1, "ERROR SUMMARY: 0 errors", "not run: it ended with 1: ERROR SUMMARY: 0 errors"),
+        (1, wrong, f"failed with 1 in swiglu_quantized: {wrong}"),
     ):
         ran = subprocess.CompletedProcess([], code, text)
         monkeypatch.setattr(gpu, "ended", lambda *_, ran=ran, **__: ran)

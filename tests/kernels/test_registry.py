@@ -226,7 +226,7 @@ def test_the_first_entry_that_fits_is_taken() -> None:
 @pytest.mark.parametrize("kernel", ["modulated_norm", "gated_residual_norm", "quantize_rows"])
 def test_rows_in_registers_are_tuned_in_float32_too(kernel: str) -> None:
     """Which takes twice as many: the entry is for the widest row, that none spills."""
-    first, *rest = groups(kernel, 89)
+    first, *rest = groups(kernel)
     assert first.condition == {"equal": {"size": 4}} and not any("equal" in group.condition for group in rest)
     assert {form.dtype for _, form, _ in first.problems} == {torch.float32}
     widest = rest[-1].problems[0][2]

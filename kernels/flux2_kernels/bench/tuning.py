@@ -79,7 +79,7 @@ def candidates(kernel: str, sm: int) -> list[Config]:
     return [{"num_warps": w} for w in (2, 4, 8, 16, 32)]
 
 
-def groups(kernel: str, sm: int) -> list[Group]:
+def groups(kernel: str) -> list[Group]:
     """The entries that ``kernel`` gets, narrowest condition first; the last has none."""
     if kernel in ("modulated_norm", "gated_residual_norm"):
         return _by_width((kernel, f"{kernel}_quantized"), 16384)
@@ -101,9 +101,9 @@ def groups(kernel: str, sm: int) -> list[Group]:
     return [Group({}, _shapes((kernel,), form))]
 
 
-def ops_of(kernel: str, sm: int) -> set[str]:
+def ops_of(kernel: str) -> set[str]:
     """The ops that ``kernel`` is chosen by."""
-    return {name for group in groups(kernel, sm) for name, _, _ in group.problems}
+    return {name for group in groups(kernel) for name, _, _ in group.problems}
 
 
 def _shapes(names: Sequence[str], form: Format) -> tuple[Problem, ...]:
@@ -163,7 +163,7 @@ class Tuner:
         configs, order = dict(kept["configs"]), dict(kept["order"])
         table = {"sm": self.place.sm, "measured_on": card, "configs": configs, "order": order}
         for kernel in kernels:
-            configs[kernel] = [self.entry(kernel, group) for group in groups(kernel, self.place.sm)]
+            configs[kernel] = [self.entry(kernel, group) for group in groups(kernel)]
             yield table
         for name in ("linear_w8a8", "linear_w8a8_gated"):
             if name in names:

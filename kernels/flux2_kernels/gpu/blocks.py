@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-INT8 = 127.0
-E4M3 = 448.0
-SMALLEST_ROW = 1e-30
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds to the nearest even integer
 FLOAT16_MAX = tl.constexpr(65504.0)
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .link import Mark
-from .tensors import Packed
+from flux2_local.offload.link import Mark
+from flux2_local.offload.tensors import Packed
 
 
 class SimulatedLink:
