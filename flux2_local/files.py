@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -73,15 +74,11 @@ def replacing(path: Path) -> Iterator[Path]:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        part = Path(name)
+        with path.with_name(f".{path.name}.{secrets.token_hex(4)}.part").open("xb") as made:
+            part = Path(made.name)
         yield part
         with part.open("rb+") as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
         part.replace(path)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}.") from error

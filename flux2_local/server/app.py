@@ -71,8 +71,8 @@ def make_app(settings: Settings, store: Store, plain_port: int | None = None) ->
 async def _life(app: FastAPI, settings: Settings, store: Store) -> AsyncIterator[None]:
     webhooks = Webhooks(app.state.signer)
     desk = app.state.desk = Desk(settings, store, lambda job: webhooks.deliver(desk, job))
-    await desk.open()
     await webhooks.resume(desk)
+    await desk.open()
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..endpoints import Endpoint, make_call
-from ..request import make_request
+from ..request import RANDOM_SEEDS
 from . import answers, events, schema
 from .addresses import file_base, own_bases, queue_urls
 from .desk import Desk
@@ -38,16 +39,16 @@ async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
     Raises:
         RequestError: a field is wrong, or a picture cannot be had.
         HTTPException: 400, a header of the queue cannot be read.
+        QueueFull, OutputError: it would not be taken; asked before a picture is fetched.
     """
     desk, terms = desk_of(request), waiting_terms(request)
     arguments: dict[str, Any] = await request.json()
     fields, notes = make_call(endpoint, arguments)
+    desk.check(fields.get("sync_mode", False))
     urls = list(fields.pop("images", ()))
     images = await collect(urls, desk.pictures, own_bases(request), desk.settings.private_urls) if urls else []
-    fields["seed"] = make_request(endpoint.variant, fields).seeded().seed
-    shown = {k: v for k, v in arguments.items() if k in schema.input_model(endpoint).model_fields}
-    if images:
-        shown["image_urls"] = images
+    shown = {**fields, "image_urls": images} if images else dict(fields)
+    fields.setdefault("seed", secrets.randbelow(RANDOM_SEEDS))
     job = Job(endpoint.name, endpoint.variant, shown, fields, images, base=file_base(request), **terms, **facts)
     if not desk.settings.safety_checker and fields.get("enable_safety_checker", True):
         notes.append("the safety checker is off on this server")

@@ -35,6 +35,8 @@ UNFETCHED_SECONDS = 3600.0
 ROOM = 64 * 2**20
 """Bytes that must be free on the disk for a request to be taken: nothing is generated that could not be written."""
 
+HUNG_UP = "The server stopped, and with it the line to the caller."
+
 EXPIRY_SECONDS = 600.0
 RESTART_SECONDS = 2.0
 
@@ -70,8 +72,9 @@ class Desk:
     async def open(self) -> None:
         """Take up what a stopped server left: waiting jobs wait again, a running one runs again."""
         for job in await self.store.unfinished():
+            self.jobs[job.id] = job
             if job.attached:
-                job.end_cancelled("The server stopped, and with it the line to the caller.")
+                job.end_cancelled(HUNG_UP)
                 await self.settle(job)
             elif job.attempts >= MAX_ATTEMPTS:
                 await self._give_up(job)
@@ -82,31 +85,49 @@ class Desk:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._expire())]
 
     async def close(self) -> None:
-        """Stop working; what waits and what runs stays on the disk."""
+        """Stop working; what waits and what runs stays on the disk, unless its caller was on the line."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.worker.stop()
-        if self.current is not None and not self.current.done:
-            self.current.attempts -= 1  # it was not its fault
-            await self.keep(self.current)
-            print(f"Stopped. Request {self.current.id} is done when it starts again.", flush=True)
+        job = self.current
+        if job is not None and not job.done:
+            if job.attached:
+                job.end_cancelled(HUNG_UP)
+                await self.settle(job)
+            else:
+                job.attempts -= 1  # it was not its fault
+                await self.keep(job)
+                print(f"Stopped. Request {job.id} is done when it starts again.", flush=True)
         await self.store.close()
 
     # ---- callers ----
 
+    def check(self, sync: bool) -> None:
+        """Make sure that a job can be taken; with ``sync`` its pictures need no room.
+
+        Raises:
+            QueueFull: as many wait as may.
+            OutputError: its pictures could not be written.
+        """
+        if len(self.waiting) >= self.settings.queue_limit:
+            raise QueueFull(f"{len(self.waiting)} requests wait already; try again when some are done.")
+        if not sync:
+            check_room(self.settings.folder, ROOM, "--folder")
+
     async def submit(self, job: Job) -> Job:
-        """Put a job at the end of the queue.
+        """Put a job at the end of the queue. One that is not taken loses its reference pictures.
 
         Raises:
             QueueFull: as many wait as may.
             OutputError: it cannot be written down, or its pictures could not be.
         """
-        if not job.sync:
-            check_room(self.settings.folder, ROOM, "--folder")
-        if len(self.waiting) >= self.settings.queue_limit:
-            raise QueueFull(f"{len(self.waiting)} requests wait already; try again when some are done.")
-        await self.store.save(job)
+        try:
+            self.check(job.sync)
+            await self.store.add(job)
+        except Exception:
+            self.pictures.remove(job.images)
+            raise
         self._enqueue(job)
         return job
 
@@ -127,16 +148,32 @@ class Desk:
         """A job's answer was handed out; of a sync_mode job nothing is kept after that."""
         if job.sync:
             self._forget_later(job, GRACE_SECONDS)
-            try:
-                await self.store.forget(job.id)
-            except OutputError as error:
-                print(f"{error} Request {job.id} would run again after a restart.", file=sys.stderr, flush=True)
+            await self._erase(job)
+
+    async def reported(self, job: Job, hook: str) -> None:
+        """A job's webhook was called ("sent") or given up ("failed")."""
+        job.hook = hook
+        if not job.sync:
+            await self.keep(job)
+        elif hook == "sent":
+            await self._erase(job)
+
+    async def _erase(self, job: Job) -> None:
+        """Remove what the disk has of an ended sync_mode job, so that it does not run again; memory keeps it for a while."""
+        try:
+            await self.store.forget(job.id)
+            self.pictures.remove(job.images)
+        except OutputError as error:
+            print(f"{error} Request {job.id} would run again after a restart.", file=sys.stderr, flush=True)
 
     def _forget_later(self, job: Job, seconds: float) -> None:
         task = asyncio.get_running_loop().create_task
         asyncio.get_running_loop().call_later(seconds, lambda: task(self._forget_or_retry(job)))
 
     async def _forget_or_retry(self, job: Job) -> None:
+        if job.hook == "pending" and job.id in self.jobs:  # its webhook is still being called
+            self._forget_later(job, GRACE_SECONDS)
+            return
         try:
             await self.forget(job)
         except OutputError as error:
@@ -267,15 +304,18 @@ class Desk:
         self.metrics.end(job)
         if job.webhook is not None:
             job.hook = "pending"
-        if job.sync:
-            self.pictures.remove(job.images)
-            self._forget_later(job, 0 if job.attached else UNFETCHED_SECONDS)
-        else:
-            await self.keep(job)
+        if not job.sync:
             self.jobs.pop(job.id, None)
             self.recent[job.id] = job
             while len(self.recent) > MAX_RECENT:
                 self.recent.popitem(last=False)
+            await self.keep(job)
+        elif job.attached:
+            await self._forget_or_retry(job)
+        else:
+            self._forget_later(job, UNFETCHED_SECONDS)
+            if job.failure is not None:
+                await self._erase(job)
         self.on_end(job)
 
     async def keep(self, job: Job) -> None:

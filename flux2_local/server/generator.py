@@ -22,6 +22,7 @@ from ..errors import Flux2Error
 from .failures import make_failure
 
 if TYPE_CHECKING:
+    from ..pipeline import Flux2
     from ..progress import Progress
     from ..result import Result
 
@@ -75,8 +76,9 @@ class Generator:
                 job["variant"], job["fields"].get("acceleration"), lambda m: self.tell("log", message=m)
             )
             fields = {**job["fields"], "images": tuple(Path(p) for p in job["images"])}
+            shown = job["previews"] and may_preview(job["fields"], flux)
             result = flux.generate(
-                progress=lambda report: self.report(report, job["previews"]),
+                progress=lambda report: self.report(report, shown),
                 cancel=lambda: job["id"] in self.cancelled,
                 **fields,
             )
@@ -98,6 +100,11 @@ class Generator:
         picture, out = report.preview(), io.BytesIO()
         picture.save(out, "JPEG", quality=PREVIEW_QUALITY)
         self.tell("progress", out.getvalue(), size=picture.size, **facts)
+
+
+def may_preview(fields: dict[str, Any], flux: Flux2) -> bool:
+    """Whether steps may be shown: not where a safety checker has still to see the picture."""
+    return flux.checkpoint.preset.harmless is not None or not fields.get("enable_safety_checker", True)
 
 
 def describe(plan: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Job:
 
     Attributes:
         id, endpoint, variant: which request, where.
-        arguments: as the caller sent them; references by the names of their files.
+        arguments: what the caller sent, validated; references by the names of their files.
         fields: of the library's request, with a seed.
         images: file names of the reference pictures.
         attached: whether a caller waits on the line; when it goes, so does the job.

@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.routing import BaseRoute
 
-from ..endpoints import Endpoint, endpoints
+from ..endpoints import Endpoint
 from ..request import MAX_REFERENCES, STANDARD_ONLY, Request
 from ..result import ImageFile, Result, Timings
 from ..version import __version__
@@ -189,7 +189,3 @@ def document(routes: Sequence[BaseRoute], endpoint: Endpoint | None) -> dict[str
 def properties(endpoint: Endpoint) -> dict[str, Any]:
     """JSON schema of an endpoint's body, for the page's form."""
     return input_model(endpoint).model_json_schema()
-
-
-def all_endpoints() -> list[Endpoint]:
-    return list(endpoints().values())

@@ -54,19 +54,17 @@ class Store:
         except sqlite3.Error as error:
             raise OutputError(f"The queue on the disk cannot be used: {error}.") from error
 
+    async def add(self, job: Job) -> None:
+        """Write a new job down, behind all others."""
+        await self._write("INSERT INTO jobs (state, hook, ended, row, id) VALUES (?, ?, ?, ?, ?)", job)
+
     async def save(self, job: Job) -> None:
-        """Insert or replace a job, keeping its place."""
-        text = json.dumps(job.to_row())
-        values = (job.id, job.state, job.hook, job.ended, text)
+        """Write down how a job is now; one that was forgotten stays so."""
+        await self._write("UPDATE jobs SET state = ?, hook = ?, ended = ?, row = ? WHERE id = ?", job)
 
-        def write(base: sqlite3.Connection) -> None:
-            base.execute(
-                "INSERT INTO jobs (id, state, hook, ended, row) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                "state = excluded.state, hook = excluded.hook, ended = excluded.ended, row = excluded.row",
-                values,
-            )
-
-        await self._do(write)
+    async def _write(self, statement: str, job: Job) -> None:
+        values = (job.state, job.hook, job.ended, json.dumps(job.to_row()), job.id)
+        await self._do(lambda base: base.execute(statement, values))
 
     async def load(self, request_id: str) -> Job | None:
         """A job, or None."""

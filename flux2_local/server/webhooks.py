@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import OutputError, RequestError
 from .answers import output
 from .desk import Desk
 from .jobs import Job
@@ -53,19 +53,19 @@ class Webhooks:
         private = desk.settings.private_urls or is_loopback(desk.settings.host)
         limits = Limits(LIMITS.seconds, LIMITS.size, private)
         body = json.dumps(payload(job)).encode("ascii")
-        job.hook = "failed"
         for delay in DELAYS:
             await asyncio.sleep(delay)
             headers = {"Content-Type": "application/json", **self.signer.headers(job.id, body)}
             try:
+                if await desk.find(job.id) is None:  # it was deleted
+                    return
                 status, _ = await asyncio.to_thread(exchange, Call(job.webhook, "POST", body, headers), limits)
-            except RequestError:
+            except (RequestError, OutputError):
                 continue
             if 200 <= status < 300:
-                job.hook = "sent"
-                break
-        if not job.sync:
-            await desk.keep(job)
+                await desk.reported(job, "sent")
+                return
+        await desk.reported(job, "failed")
 
 
 def payload(job: Job) -> dict[str, Any]:

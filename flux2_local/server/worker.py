@@ -11,8 +11,11 @@ from .settings import Settings
 
 STOP_SECONDS = 3.0
 
+KILLED = -9
+"""Exit code of a process that the system ended, as it does where memory runs out."""
 
-class WorkerDied(Exception):
+
+class WorkerDied(errors.Flux2Error):
     """The worker process ended by itself."""
 
 
@@ -70,7 +73,7 @@ class Worker:
         frame = await frames.receive(self._process.stdout)
         if frame is None:
             self.ready = False
-            raise WorkerDied(f"The worker process ended with code {await self._process.wait()}.")
+            raise WorkerDied(obituary(await self._process.wait()))
         return frame
 
     async def stop(self) -> None:
@@ -85,6 +88,14 @@ class Worker:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def obituary(code: int) -> str:
+    """What to say of a process that ended with ``code``, and what to do about it."""
+    text = f"The worker process ended with code {code}"
+    if code != KILLED:
+        return f"{text}."
+    return f"{text}: memory probably ran out. Let it use less with --vram, or choose a smaller model with --model."
 
 
 def rebuilt(kind: str, message: str) -> Exception:

@@ -1,6 +1,7 @@
 """What keeps the server and its machine safe: keys, origins, hosts, files, addresses, sizes."""
 
 import asyncio
+import base64
 import http.server
 import io
 import socket
@@ -9,21 +10,27 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from harness import COMMAND, EDIT, FLASH, SMALL, STANDARD
 from PIL import Image
 
+from flux2_local import errors
 from flux2_local.cli import main
+from flux2_local.cli.errors import report
 from flux2_local.errors import Flux2Error, OutputError, RequestError
-from flux2_local.server import desk, outgoing
+from flux2_local.server import calls, desk, outgoing
+from flux2_local.server.app import make_app
 from flux2_local.server.failures import STATUS, make_failure
+from flux2_local.server.generator import may_preview
 from flux2_local.server.jobs import Job
 from flux2_local.server.settings import Settings, parse_duration, parse_models
 from flux2_local.server.signing import Signer
 from flux2_local.server.store import Store
 from flux2_local.server.tls import make_certificates
+from flux2_local.server.worker import WorkerDied, obituary
 
 PROXY = "/api/fal/proxy"
 
@@ -118,6 +125,49 @@ def test_nothing_is_taken_that_could_not_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(desk, "ROOM", 2**60)
     assert asyncio.run(main()) == 1
+
+
+def call_without_worker(folder, *bodies, **facts):
+    """What a server whose worker never starts answers to edits that are queued; returns the waiting jobs too."""
+
+    async def main():
+        store = Store(folder / "queue.sqlite")
+        gate = make_app(Settings(folder, **facts), store)
+        taken = gate.app.state.desk = desk.Desk(gate.settings, store, lambda job: None)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://127.0.0.1") as client:
+            answers = [await client.post(f"/queue/{EDIT}", json=body) for body in bodies]
+        await store.close()
+        return answers, list(taken.waiting)
+
+    return asyncio.run(main())
+
+
+def an_edit(**more):
+    out = io.BytesIO()
+    Image.new("RGB", (96, 80)).save(out, "PNG")
+    return {**SMALL, "image_urls": [f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"], **more}
+
+
+def test_a_request_that_is_not_taken_leaves_no_pictures(tmp_path, monkeypatch):
+    async def refuse(*_):
+        raise OutputError("The disk is full.")
+
+    [full], _ = call_without_worker(tmp_path, an_edit(), queue_limit=0)
+    assert full.status_code == 429 and not list((tmp_path / "files").iterdir())
+    monkeypatch.setattr(Store, "add", refuse)
+    [unwritten], _ = call_without_worker(tmp_path, an_edit())
+    assert unwritten.status_code == 500 and not list((tmp_path / "files").iterdir())
+    monkeypatch.setattr(desk, "ROOM", 2**60)
+    monkeypatch.setattr(calls, "collect", lambda *_: pytest.fail("asked before a picture is fetched"))
+    answers, _ = call_without_worker(tmp_path, an_edit())
+    answers += call_without_worker(tmp_path, an_edit(sync_mode=True), queue_limit=0)[0]
+    assert [answer.status_code for answer in answers] == [500, 429]
+
+
+def test_a_request_is_kept_as_it_was_understood(tmp_path):
+    [answer], [job] = call_without_worker(tmp_path, an_edit(sync_mode="false", guidance_scale="4", nonsense=1))
+    assert answer.status_code == 200 and not job.sync and 0 <= job.fields["seed"] < 2**53
+    assert job.arguments == {**SMALL, "sync_mode": False, "guidance_scale": 4.0, "image_urls": job.images}
 
 
 def test_an_answer_that_may_not_be_kept_is_forgotten_later_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
@@ -217,6 +267,13 @@ def test_mistakes_are_refused_before_listening(refused, options, words):
     assert code == 2 and words in said
 
 
+def test_a_worker_that_the_system_ended_is_explained(capsys):
+    assert report(WorkerDied(obituary(-9))) == 1
+    said = capsys.readouterr().err
+    assert "ended with code -9: memory probably ran out" in said and "--vram" in said and "--model" in said
+    assert obituary(1) == "The worker process ended with code 1."
+
+
 def test_a_model_that_is_not_there_ends_the_server_with_its_code(tmp_path):
     command = [*COMMAND, "--port", "0", "--folder", str(tmp_path), "--model", "nope"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -249,10 +306,7 @@ def test_durations_and_models_are_read():
 
 
 def test_every_error_has_a_status(tmp_path):
-    def leaves(kind):
-        return [leaf for sub in kind.__subclasses__() for leaf in leaves(sub)] or [kind]
-
-    for kind in leaves(Flux2Error):
+    for kind in (v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Flux2Error)):
         facts = make_failure(kind("words", 1) if kind.__name__ == "BudgetError" else kind("words"))
         assert facts["status"] in {status for _, status, _ in STATUS} - {429, 503} and facts["message"] == "words"
     assert make_failure(ZeroDivisionError())["status"] == 500
@@ -351,3 +405,17 @@ def test_private_addresses_are_known(address):
 
 def test_public_addresses_are_known():
     assert outgoing.is_public("93.184.216.34") and outgoing.is_public("2606:2800:220:1::1")
+
+
+@pytest.mark.parametrize(
+    ("harmless", "fields", "shown"),
+    [
+        (None, {}, False),
+        (None, {"enable_safety_checker": True}, False),
+        (None, {"enable_safety_checker": False}, True),
+        ("it draws landscapes", {}, True),
+    ],
+)
+def test_no_step_is_shown_of_what_a_checker_has_still_to_see(harmless, fields, shown):
+    checkpoint = SimpleNamespace(preset=SimpleNamespace(harmless=harmless))
+    assert may_preview(fields, SimpleNamespace(checkpoint=checkpoint)) is shown

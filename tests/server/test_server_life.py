@@ -1,5 +1,6 @@
 """Crashes, restarts, webhooks, expiry, metrics."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -14,8 +15,17 @@ import psutil
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from harness import FLASH, LONG, SMALL, STANDARD, TURBO
+from harness import EDIT, FLASH, LONG, SMALL, STANDARD, TURBO
 from PIL import Image
+
+from flux2_local.server import desk as desks
+from flux2_local.server import webhooks
+from flux2_local.server.app import make_app
+from flux2_local.server.jobs import Job
+from flux2_local.server.settings import Settings
+from flux2_local.server.signing import Signer
+from flux2_local.server.store import Store
+from flux2_local.server.worker import Worker
 
 JOBS = 20
 
@@ -107,6 +117,35 @@ def test_ctrl_c_stops_at_once_and_loses_nothing(start):
     assert begun == 2 and len(server.client.get("/api/history").json()["requests"]) == 2
 
 
+def make_desk(folder):
+    """A desk that calls webhooks and has no worker."""
+    hooks = webhooks.Webhooks(Signer(folder / "webhooks.key"))
+    desk = desks.Desk(Settings(folder), Store(folder / "queue.sqlite"), lambda job: hooks.deliver(desk, job))
+    return desk, hooks
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+def test_ctrl_c_ends_a_request_whose_caller_is_on_the_line(tmp_path, capsys):
+    async def main():
+        desk, _ = make_desk(tmp_path)
+        job = desk.current = await desk.submit(Job(FLASH, "flash", SMALL, {}, attached=True))
+        job.begin()
+        await desk.close()
+        store = Store(tmp_path / "queue.sqlite")
+        kept = await store.load(job.id)
+        await store.close()
+        return kept
+
+    kept = asyncio.run(main())
+    assert kept.done and kept.failure["error_type"] == "client_cancelled"
+    assert "done when it starts again" not in capsys.readouterr().out
+
+
 class _Hook(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -143,6 +182,88 @@ def test_webhooks_are_told_how_it_ended_and_tried_again(server, hook):
     assert hook.got[2]["status"] == "ERROR" and hook.got[2]["error"] and "detail" in hook.got[2]["payload"]
     wrong = server.client.post(f"/queue/{TURBO}", params={"fal_webhook": "file:///x"}, json={"prompt": "x"})
     assert wrong.status_code == 422
+
+
+def test_a_request_deleted_while_its_webhook_is_tried_stays_deleted(tmp_path, hook, monkeypatch):
+    async def main():
+        desk, hooks = make_desk(tmp_path)
+        job = await desk.submit(Job(FLASH, "flash", SMALL, {}, webhook=f"http://127.0.0.1:{hook.server_port}/"))
+        await desk.cancel(job)
+        await until(lambda: asyncio.sleep(0, hook.got))
+        desk.recent.clear()  # as after many others
+        await desk.forget(await desk.find(job.id))
+        await asyncio.gather(*hooks._tasks)
+        await desk.keep(job)
+        assert await desk.find(job.id) is None
+        await desk.store.close()
+
+    monkeypatch.setattr(webhooks, "DELAYS", (0.0, 0.5))
+    asyncio.run(main())
+    assert len(hook.got) == 1, "the first answer was 500"
+
+
+def test_sync_requests_that_failed_or_were_reported_do_not_run_again(tmp_path, hook):
+    async def main():
+        desk, _ = make_desk(tmp_path)
+        jobs = [
+            Job(EDIT, "standard", SMALL, {"sync_mode": True}, images=[desk.pictures.add(some_png(), "png")])
+            for _ in range(3)
+        ]
+        cancelled, reported, unfetched = [await desk.submit(job) for job in jobs]
+        reported.webhook = f"http://127.0.0.1:{hook.server_port}/"
+        await desk.cancel(cancelled)
+        for job in (reported, unfetched):
+            desk.waiting.remove(job)
+            job.end(answer={"images": [], "timings": {"inference": 1.0}})
+            await desk.settle(job)
+        await until(lambda: asyncio.sleep(0, reported.hook == "sent"))
+        await until(lambda: gone(desk, reported))
+        assert [job.id for job in await desk.store.unfinished()] == [unfetched.id]
+        assert [path.name for path in desk.pictures.folder.iterdir()] == unfetched.images, "with what it needs for that"
+        assert [await desk.find(job.id) for job in jobs] == jobs, "each is still answered"
+        await desk.store.close()
+
+    hook.got.append("so that the first call is answered with 200")
+    asyncio.run(main())
+
+
+async def gone(desk, job):
+    return await desk.store.load(job.id) is None
+
+
+def test_a_sync_request_is_answered_while_its_webhook_is_tried(tmp_path, monkeypatch):
+    async def main():
+        desk, _ = make_desk(tmp_path)
+        desk.on_end = print
+        job = await desk.submit(Job(FLASH, "flash", SMALL, {"sync_mode": True}, webhook="http://127.0.0.1:9/"))
+        await desk.cancel(job)
+        await asyncio.sleep(0.1)
+        assert await desk.find(job.id) is job
+        await desk.reported(job, "failed")
+        await until(lambda: asyncio.sleep(0, job.id not in desk.jobs))
+        await desk.store.close()
+
+    monkeypatch.setattr(desks, "UNFETCHED_SECONDS", 0.01)
+    monkeypatch.setattr(desks, "GRACE_SECONDS", 0.01)
+    asyncio.run(main())
+
+
+def test_what_is_given_up_at_a_start_is_answered_and_reported_once(tmp_path, hook, monkeypatch):
+    async def main():
+        store, facts = Store(tmp_path / "queue.sqlite"), {"attempts": desks.MAX_ATTEMPTS}
+        told = Job(FLASH, "flash", SMALL, {}, webhook=f"http://127.0.0.1:{hook.server_port}/", **facts)
+        sync = Job(FLASH, "flash", SMALL, {"sync_mode": True}, **facts)
+        for job in (told, sync):
+            await store.add(job)
+        app = make_app(Settings(tmp_path), store).app
+        async with app.router.lifespan_context(app):
+            assert (await app.state.desk.find(sync.id)).failure["error_type"] == "worker_died"
+            await asyncio.sleep(0.5)
+
+    hook.got.append("so that the first call is answered with 200")
+    monkeypatch.setattr(Worker, "start", lambda self: asyncio.sleep(60))
+    asyncio.run(main())
+    assert len(hook.calls) == 1
 
 
 def is_fals(headers, body, keys):

@@ -122,6 +122,10 @@ def test_editing_takes_a_picture(page, server, tmp_path):
     page.set_input_files("#image_urls", tmp_path / "notes.png")
     page.wait_for_selector("#image_urls-problem:not([hidden])")
     assert "notes.png" in page.inner_text("#image_urls-problem")
+    page.get_by_label("Address of a picture").fill("https://example.com/a.png")
+    page.get_by_label("Address of a picture").press("Tab")
+    assert page.inner_text(".thumbs .elsewhere") == "https://example.com/a.png", "shown without asking that server"
+    page.get_by_role("button", name="remove reference 1").click()
     page.set_input_files("#image_urls", tmp_path / "in.png")
     page.wait_for_selector(".thumbs img")
     page.click("#code summary")

@@ -4,6 +4,7 @@ import { local, upload } from "./api.js";
 import { make } from "./dom.js";
 
 const SMALL = 200; // numbers whose range is at most this wide get a slider
+const OURS = /^(\/files\/|data:|blob:)/; // pictures that may be shown: the page asks no other server for any
 
 /** A form's fields by name, each with get() -> value or undefined where it is the default, set(value) and problem(text). */
 export function buildForm(endpoint, sizes, root, onChange) {
@@ -161,7 +162,7 @@ function pictures(name, schema, context) {
   const address = make("input", { type: "url", placeholder: "or an address: https://…", "aria-label": "Address of a picture" });
   const draw = () => {
     list.replaceChildren(...urls.map((url, i) => make("li", {},
-      make("img", { src: local(url), alt: `reference ${i + 1}` }),
+      OURS.test(local(url)) ? make("img", { src: local(url), alt: `reference ${i + 1}` }) : make("span", { className: "elsewhere" }, url),
       make("button", { type: "button", "aria-label": `remove reference ${i + 1}`, onclick: () => change(urls.filter((_, n) => n !== i)) }, "remove"),
     )));
   };
