@@ -125,7 +125,8 @@ class Workspaces(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self.attention(*args[:3], kwargs.get("attn_mask"))
+            q, k, v = args[:3]
+            return self.attention(q, k, v, kwargs.get("attn_mask"))
         result = func(*args, **kwargs)
         if func is F.conv2d and self.unfolding:
             weight = args[1]

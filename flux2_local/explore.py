@@ -12,6 +12,7 @@ from .candidates import Need
 from .costs import CHAT, Architecture, Work
 from .errors import BudgetError, Flux2Error, PlanError, WeightsMissingError
 from .hardware import Hardware, cpu_flags, package, probe
+from .images import reference_size
 from .model.autoencoder import AutoencoderConfig
 from .model.language import LanguageConfig
 from .model.transformer import TransformerConfig
@@ -21,6 +22,7 @@ from .quant import FORMATS
 from .settings import Settings, choose, find_hardware
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from .request import Request, Variant
@@ -53,9 +55,20 @@ def family_architecture(preset: ModelPreset) -> Architecture:
 
 
 def plan_for(
-    model: str | Path | None, settings: Settings, request: Request, device: str | None, ram: int | None
+    model: str | Path | None,
+    settings: Settings,
+    request: Request,
+    device: str | None,
+    ram: int | None,
+    references: Iterable[tuple[int, int]] = (),
+    base: str | Path | None = None,
 ) -> Plan:
     """The plan for a request, on this machine or a known card, whether or not the model is on this disk.
+
+    Args:
+        model, settings, request, device, base: as loading and generating take them.
+        ram: bytes of host memory to plan with.
+        references: width and height in pixels of the request's reference pictures.
 
     Raises:
         ModelError, PlanError, RequestError: as loading would.
@@ -63,7 +76,7 @@ def plan_for(
     hardware = find_hardware(device, ram)
     width, height = request.size
     try:
-        checkpoint, _ = choose(model, settings, hardware, Work(width, height))
+        checkpoint, _ = choose(model, settings, hardware, Work(width, height), base)
         preset, name, arch = checkpoint.preset, checkpoint.name, load.architecture(checkpoint)
     except WeightsMissingError:
         preset = next((m for m in models().values() if str(model) in (m.name, m.hub)), None)  # type: ignore[assignment]
@@ -72,7 +85,8 @@ def plan_for(
         name, arch = preset.name, family_architecture(preset)
     steps = request.num_inference_steps or preset.recipe(settings.variant).steps
     chat = CHAT if request.enable_prompt_expansion else 0
-    work = Work(width, height, steps, request.num_images, chat=chat)
+    sizes = tuple(reference_size(*size, arch.multiple) for size in references)
+    work = Work(width, height, steps, request.num_images, references=sizes, chat=chat)
     need = Need(name, settings.variant, tiers()[settings.acceleration], arch, work)
     return settings.plan(need, hardware)
 

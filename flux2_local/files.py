@@ -14,6 +14,11 @@ from .errors import OutputError
 from .presets import show_bytes
 
 
+def home(path: str | Path) -> Path:
+    """``path`` with a leading ~ replaced. Where there is no such user it stays as it is, and is a file's name."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises there
+
+
 def cache_folder(name: str) -> Path:
     """Where what can be made again is kept: ``name`` below ``XDG_CACHE_HOME``, else below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME")

@@ -29,12 +29,13 @@ def write(stream: BinaryIO, message: Message, data: bytes = b"") -> None:
 
 
 def read(stream: BinaryIO) -> tuple[Message, bytes] | None:
-    """The next message of a blocking stream; None at its end."""
+    """The next message of a blocking stream; None at its end, which may come within a message."""
     head = stream.read(HEAD.size)
     if len(head) < HEAD.size:
         return None
     text, data = HEAD.unpack(head)
-    return json.loads(stream.read(text)), stream.read(data)
+    body = stream.read(text + data)
+    return (json.loads(body[:text]), body[text:]) if len(body) == text + data else None
 
 
 async def receive(stream: asyncio.StreamReader) -> tuple[Message, bytes] | None:

@@ -354,8 +354,8 @@ def host_memory() -> tuple[int, int]:
     for folder, limit_file, used_file, prefix in CGROUPS:
         try:
             limit, used = (int((folder / name).read_text("ascii")) for name in (limit_file, used_file))
-            rows = dict(row.split() for row in (folder / "memory.stat").read_text("ascii").splitlines())
-            files = sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+            told = dict(row.split() for row in (folder / "memory.stat").read_text("ascii").splitlines())
+            files = sum(int(told.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
         except (OSError, ValueError):
             continue
         if limit < total:

@@ -6,12 +6,14 @@ import base64
 import binascii
 import io
 import json
+import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from .errors import OutputError, RequestError
-from .files import reason
+from .files import home, reason
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +27,13 @@ WEBP_QUALITY = 95
 
 SETTINGS_KEY = "flux2-local"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_ASCII = b"ASCII\0\0\0"
+_CODE = 8
+"""Bytes before an EXIF comment that say how its text is encoded; all zero where none of EXIF's codes fits, as for UTF-8."""
 
+JPEG_SETTINGS_BYTES = 65_000
+"""What a JPEG file holds of settings: its EXIF is one segment of at most 65,533 bytes."""
+
+REMOTE = ("http", "https")
 MAX_REFERENCE_BYTES = 64 * 2**20
 FETCH_SECONDS = 30
 MIN_REFERENCE_SIDE = 64
@@ -36,23 +43,38 @@ MAX_REFERENCE_AREA = 1024 * 1024
 
 
 def encode(image: Image.Image, form: str, settings: dict[str, Any]) -> bytes:
-    """``image`` as a PNG, JPEG or WebP file with ``settings`` inside (a PNG text chunk; EXIF in the other two)."""
+    """``image`` as a PNG, JPEG or WebP file with ``settings`` inside (a PNG text chunk; EXIF in the other two). Of settings that are
+    too long for a JPEG file, the longest is cut."""
     from PIL import Image, PngImagePlugin
 
-    text = json.dumps(settings, separators=(",", ":"))
     out = io.BytesIO()
     if form == "png":
         info = PngImagePlugin.PngInfo()
-        info.add_text(SETTINGS_KEY, text)
+        info.add_text(SETTINGS_KEY, json.dumps(settings, separators=(",", ":")))
         image.save(out, "PNG", pnginfo=info, compress_level=4)
         return out.getvalue()
+    while len(text := _utf8(settings)) > JPEG_SETTINGS_BYTES and form == "jpeg":
+        longest = max(settings, key=lambda name: len(_utf8(settings[name])))
+        settings = {**settings, longest: _halved(settings[longest])}
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + f"{SETTINGS_KEY}:{text}".encode("ascii")
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = bytes(_CODE) + f"{SETTINGS_KEY}:".encode("ascii") + text
     if form == "jpeg":
         image.save(out, "JPEG", quality=JPEG_QUALITY, exif=exif)
     else:
         image.save(out, "WEBP", quality=WEBP_QUALITY, exif=exif)
     return out.getvalue()
+
+
+def _utf8(value: Any) -> bytes:
+    """JSON; what UTF-8 cannot hold, such as half a file name's surrogate pair, is escaped."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _halved(value: Any) -> Any:
+    """Half of a text, or of each text in a list; None in place of what has no half."""
+    if isinstance(value, list):
+        return [_halved(v) for v in value]
+    return value[: len(value) // 2] if isinstance(value, str) else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -66,8 +88,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if text is None:
         comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
         comment = comment.encode("latin-1") if isinstance(comment, str) else bytes(comment)
-        head = _ASCII + f"{SETTINGS_KEY}:".encode("ascii")
-        text = comment[len(head) :].decode("ascii", "replace") if comment.startswith(head) else None
+        key, _, value = comment[_CODE:].partition(b":")
+        text = value.decode("utf-8", "replace") if key == SETTINGS_KEY.encode("ascii") else None
     try:
         settings = json.loads(text) if text is not None else None
     except ValueError:
@@ -139,14 +161,53 @@ def _load(source: Any) -> Image.Image:
         raise RequestError(
             f"images: a reference picture is a path, a URL or a PIL image; {type(source).__name__} was given."
         )
-    scheme = urlsplit(source).scheme.lower() if ":" in source[:12] else ""
+    scheme = scheme_of(source)
     if scheme == "data":
         return decode(data_url_bytes(source), "The data URL")
-    if scheme in ("http", "https"):
+    if scheme in REMOTE:
         return decode(_fetch(source), source)
     if scheme == "file":
         return open_picture(Path(unquote_to_bytes(urlsplit(source).path).decode("utf-8", "surrogateescape")))
-    return open_picture(Path(source).expanduser())
+    return open_picture(home(source))
+
+
+def scheme_of(source: Any) -> str:
+    """ "http", "https", "data" or "file" where a reference picture is given by such an address, which is checked; else "".
+
+    Raises:
+        RequestError: there can be nothing at that address.
+    """
+    scheme = source[:6].partition(":")[0].lower() if isinstance(source, str) and ":" in source[:6] else ""
+    if scheme in ("file", *REMOTE):
+        try:
+            problem = _problem_of(source, scheme)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise RequestError(
+                f"{source} is no address of a reference picture: {problem}. Write it like https://host/file.png."
+            )
+    return scheme if scheme in ("data", "file", *REMOTE) else ""
+
+
+def _problem_of(url: str, scheme: str) -> str:
+    """What is wrong with an address; "" for nothing."""
+    parts = urlsplit(url)
+    if scheme == "file":
+        return ""
+    odd = re.search(r"[\0- \x7f]", url) or re.search(r"[^!-~]", parts.path + parts.query)
+    if odd:
+        return f"{odd[0]!r} is written {quote(odd[0])} in one"
+    return "" if parts.hostname and parts.port != 0 else "it names no host"  # the port raises unless it is a number
+
+
+def check_references(sources: tuple[Any, ...]) -> None:
+    """Load and check the reference pictures that need not be fetched, and the addresses of the others.
+
+    Raises:
+        RequestError: as :func:`references`.
+    """
+    references(tuple(source for source in sources if scheme_of(source) not in REMOTE))
 
 
 def data_url_bytes(url: str) -> bytes:
@@ -174,7 +235,7 @@ def _fetch(url: str) -> bytes:
     try:
         with urlopen(HttpRequest(url, headers={"User-Agent": "flux2-local"}), timeout=FETCH_SECONDS) as answer:
             data: bytes = answer.read(MAX_REFERENCE_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise RequestError(f"The reference picture {url} could not be fetched: {reason(error)}.") from error
     if len(data) > MAX_REFERENCE_BYTES:
         raise RequestError(f"The reference picture {url} is larger than {MAX_REFERENCE_BYTES // 2**20} MiB.")
@@ -185,6 +246,8 @@ def _checked(image: Image.Image, number: int) -> Image.Image:
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -201,10 +264,13 @@ def _checked(image: Image.Image, number: int) -> Image.Image:
 
 def reference_size(width: int, height: int, multiple: int) -> tuple[int, int]:
     """The size that a reference of width × height is encoded at: at most one megapixel, multiples of ``multiple``."""
-    if width * height > MAX_REFERENCE_AREA:
-        scale = (MAX_REFERENCE_AREA / (width * height)) ** 0.5
-        width, height = int(width * scale), int(height * scale)
+    width, height = _scaled(width, height)
     return width // multiple * multiple, height // multiple * multiple
+
+
+def _scaled(width: int, height: int) -> tuple[int, int]:
+    scale = min(1.0, (MAX_REFERENCE_AREA / (width * height)) ** 0.5)
+    return int(width * scale), int(height * scale)
 
 
 def reference_pixels(image: Image.Image, multiple: int) -> torch.Tensor:
@@ -215,14 +281,10 @@ def reference_pixels(image: Image.Image, multiple: int) -> torch.Tensor:
     """
     from PIL import Image
 
-    w, h = image.size
-    if w * h > MAX_REFERENCE_AREA:
-        scale = (MAX_REFERENCE_AREA / (w * h)) ** 0.5
-        image = image.resize((int(w * scale), int(h * scale)), Image.Resampling.LANCZOS)
-        w, h = image.size
-    cut_w, cut_h = w // multiple * multiple, h // multiple * multiple
-    left, top = (w - cut_w) // 2, (h - cut_h) // 2
-    return to_pixels(image.crop((left, top, left + cut_w, top + cut_h)))
+    size, cut = _scaled(*image.size), reference_size(*image.size, multiple)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return to_pixels(crop(image, *cut))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

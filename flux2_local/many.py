@@ -38,7 +38,7 @@ def read(
     for line, request in enumerate(requests, 1):
         fields = {"prompt": request} if isinstance(request, str) else request
         if isinstance(fields, Request):
-            fields = {k: getattr(fields, k) for k in fields.model_fields_set}
+            fields = fields.given()
         if fields.get("seed") is None:
             fields = {**fields, "seed": derive_seed(job_seed, line)}
         yield checked(flux, fields, report)

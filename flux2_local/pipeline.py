@@ -93,7 +93,7 @@ class Flux2:
         variant: Variant = "standard",
         *,
         acceleration: Acceleration = "regular",
-        vram: str | int | None = None,
+        vram: str | float | None = None,
         device: str | None = None,
         dtype: str | None = None,
         quantize: str = "auto",
@@ -173,10 +173,7 @@ class Flux2:
             OutOfMemoryError: the device's memory ran out.
             Cancelled: the cancel callback said so.
         """
-        if isinstance(prompt, Request):
-            fields = {**{k: getattr(prompt, k) for k in prompt.model_fields_set}, **fields}
-        else:
-            fields = {"prompt": prompt, **fields}
+        fields = {**prompt.given(), **fields} if isinstance(prompt, Request) else {"prompt": prompt, **fields}
         run = self._run(fields, Reporter(progress, cancel))
         return self._work([run])[0]
 

@@ -270,14 +270,14 @@ _UNITS |= {f"{prefix}b": 1000 ** (i + 1) for i, prefix in enumerate("kmgt")}
 _UNITS |= {f"{prefix}ib": 1024 ** (i + 1) for i, prefix in enumerate("kmgt")}
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | float) -> int:
     """Bytes from a number or from text such as "12GiB", "24 GB" or "800MB".
 
     Raises:
         ValueError: not such a text, or no byte.
     """
-    if isinstance(text, int):
-        text = str(text)
+    if isinstance(text, (int, float)):
+        text = f"{text:.0f}"
     digits = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
     unit = text.strip().lower()[len(digits) :].strip()
     if unit not in _UNITS or not digits.replace(".", "", 1).isdigit():

@@ -9,6 +9,7 @@ import hashlib
 import re
 import reprlib
 import secrets
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -104,6 +105,10 @@ class Request(BaseModel):
             return self.image_size.width, self.image_size.height
         return SIZES[self.image_size]
 
+    def given(self) -> dict[str, Any]:
+        """What it says and does not leave to the default."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
     def seeded(self) -> Request:
         """This request with a seed: its own, or a random one below 2^53."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(RANDOM_SEEDS)})
@@ -119,10 +124,8 @@ def parse_size(text: str | None) -> str | dict[str, int] | None:
     """ "1024x768" -> width and height; a preset's name stays as it is."""
     if text is None:
         return None
-    width, x, height = text.lower().partition("x")
-    if x and width.isdigit() and height.isdigit():
-        return {"width": int(width), "height": int(height)}
-    return text
+    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.lower())
+    return {"width": int(size[1]), "height": int(size[2])} if size else text
 
 
 def make_request(variant: Variant, fields: dict[str, Any]) -> Request:
@@ -140,7 +143,7 @@ def make_request(variant: Variant, fields: dict[str, Any]) -> Request:
                 f"acceleration. Leave it out, or use the standard variant.",
                 [{"loc": [name], "msg": f"not available on {variant}", "type": "extra_forbidden"} for name in fixed],
             )
-    if isinstance(given.get("images"), (str, bytes)) or hasattr(given.get("images"), "size"):
+    if isinstance(given.get("images"), (str, bytes, Path)) or hasattr(given.get("images"), "size"):
         given["images"] = (given["images"],)
     try:
         return Request(**given)

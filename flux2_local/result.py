@@ -90,7 +90,7 @@ class ImageFile:
         Raises:
             OutputError: another ending, or the file cannot be written.
         """
-        path = Path(path).expanduser()
+        path = files.home(path)
         own = self.content_type.removeprefix("image/")
         form = images.format_of(path, own)
         data = self.data if form == own else images.encode(self.image.convert("RGB"), form, self.settings)

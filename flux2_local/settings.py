@@ -51,7 +51,7 @@ def make_settings(
     variant: str = "standard",
     acceleration: str = "regular",
     *,
-    vram: str | int | None = None,
+    vram: str | float | None = None,
     dtype: str | None = None,
     lora: LoraSource | list[LoraSource] | None = None,
     attention: str = AUTO,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import images, load
@@ -258,8 +259,10 @@ class Run:
             "steps": flux.steps(request),
             **fields,
         }
-        if prompt != request.prompt:
+        if request.enable_prompt_expansion:
             settings["expanded_prompt"] = prompt
+        if flux.checkpoint.single is not None:
+            settings["base"] = str(flux.checkpoint.folder)
         if self.plan.transformer.format != self.plan.dtype:
             settings["quantize"] = self.plan.transformer.format
         if flux.settings.attention != AUTO:
@@ -268,7 +271,8 @@ class Run:
             settings["lora"] = [[str(a.path), a.strength] for a in flux.settings.adapters]
         if request.images:
             settings["images"] = [
-                s if isinstance(s, str) and not s.startswith("data:") else str(type(s).__name__) for s in request.images
+                str(s) if isinstance(s, (str, Path)) and images.scheme_of(s) != "data" else type(s).__name__
+                for s in request.images
             ]
         return settings
 

@@ -14,21 +14,26 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from flux2_local import Flux2, errors, images
+from flux2_local import Flux2, errors, frames, images
 from flux2_local.batch import engines, sheet
+from flux2_local.batch.forecast import forecast
 from flux2_local.batch.job import Sweep, make_job, parse_grid, parse_seeds
 from flux2_local.batch.lines import BadLine, Line, read
-from flux2_local.batch.manifest import Manifest
+from flux2_local.batch.manifest import Entry, Manifest
 from flux2_local.batch.run import Target, open_batch
+from flux2_local.batch.stores import make_store
+from flux2_local.batch.worker import failure
 from flux2_local.cli import app
 from flux2_local.request import derive_seed
 from flux2_local.result import ImageFile, Result, Timings
+from flux2_local.settings import settings_of
 
 PROMPTS = [
     {"prompt": "a red boat", "num_images": 2},
@@ -91,6 +96,7 @@ class Drawn:
 
 def do(folder, job=None, engine=drawing, together=1, **target):
     with open_batch(job or job_of(), Target(folder, **target)) as batch:
+        batch.settle(Drawn.facts)
         batch.work(Drawn(engine, together))
     return batch
 
@@ -123,6 +129,16 @@ def test_jsonl(tmp_path):
     assert found[1] == Line(3, {"prompt": "b"}) and found[-1] == Line(7, {"prompt": "c"})
     assert [(bad.number, isinstance(bad, BadLine)) for bad in found[2:5]] == [(4, True), (5, True), (6, True)]
     assert "JSON" in found[3].reason and "UTF-8" in found[4].reason
+
+
+def test_null_leaves_a_field_to_the_options(tmp_path):
+    """As an empty cell of a CSV does."""
+    found = written(
+        tmp_path, "p.jsonl", b'{"prompt": "a", "num_inference_steps": null, "image_size": null, "seed": null}'
+    )
+    (picture,) = make_job(found, Sweep(defaults=SMALL, grid={"seed": (3,)})).pictures()
+    assert picture.request.num_inference_steps == SMALL["num_inference_steps"] and picture.request.seed == 3
+    assert picture.request.image_size == SMALL["image_size"]
 
 
 def test_csv(tmp_path):
@@ -163,6 +179,22 @@ def test_bad_lines_are_told_with_number_and_reason(tmp_path):
     words = ["seeds is not a field", "prompt is empty", "guidance_scale", "no picture", "sync_mode"]
     assert [bad.number for bad in job.bad] == [2, 3, 4, 5, 6]
     assert all(word in bad.reason for word, bad in zip(words, job.bad, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", ["~no-such-user/a.png"]),
+        ("images", ["~backup.png"]),
+        ("images", ["a" * 300]),
+        ("images", ["http://[a"]),
+        ("image_size", "512²x512"),
+        ("image_size", f"{'9' * 5000}x512"),
+    ],
+)
+def test_values_that_are_none_make_a_bad_line(tmp_path, field, value):
+    job = make_job(written(tmp_path, "p.jsonl", json.dumps({"prompt": "a", field: value}).encode()), Sweep())
+    assert not job.lines and job.bad[0].reason
 
 
 # Sweeps
@@ -342,12 +374,68 @@ def test_nothing_is_written_over_unasked(tmp_path, whole):
         do(other)
     assert contents(other) == {mine.name: b"mine"}
     damage_lost_line(folder)
-    (folder / mine.name).write_bytes(b"mine")
-    batch = do(folder, resume=True)
-    assert batch.made == 0 and "is not this batch's" in batch.failures[0].reason
-    assert (folder / mine.name).read_bytes() == b"mine"
+    for taken in (b"mine", draw(next(job_of([{"prompt": "a fox", "seed": 1}]).pictures()).request).images[0].data):
+        (folder / mine.name).write_bytes(taken)
+        with (
+            pytest.raises(errors.OutputError, match=r"a-fox.png is there already and is not this batch's"),
+            open_batch(job_of(), Target(folder, resume=True)),
+        ):
+            pass
+        assert (folder / mine.name).read_bytes() == taken
     do(folder, overwrite=True)
     assert contents(folder) == whole
+
+
+LAYOUT_CHANGES = [
+    ("files", "files"),
+    ("webdataset", "webdataset"),
+    ("files", "webdataset"),
+    ("webdataset", "imagefolder"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), LAYOUT_CHANGES)
+def test_an_interrupted_overwrite_is_resumed(tmp_path, old, new):
+    folder, other = tmp_path / "parts", job_of([*PROMPTS[:3], {"prompt": "a fox", "guidance_scale": 3}], job_seed=1)
+    do(tmp_path / "whole", other, layout=new, shard_size=2)
+    do(folder, layout=old, shard_size=2)
+    with pytest.raises(errors.Cancelled):
+        do(folder, other, stopping(2), layout=new, shard_size=2, overwrite=True)
+    batch = do(folder, other, layout=new, shard_size=2, resume=True)
+    assert (batch.before, batch.made, batch.failures) == (2, 3, [])
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("old", "new"), LAYOUT_CHANGES)
+def test_what_is_to_be_written_over_stays_until_the_model_is_loaded(tmp_path, old, new):
+    do(tmp_path / "o", layout=old)
+    before = contents(tmp_path / "o")
+    (tmp_path / "p.txt").write_text("a fox\n", "utf-8")
+    arguments = [
+        str(tmp_path / "p.txt"),
+        "-o",
+        str(tmp_path / "o"),
+        "--layout",
+        new,
+        "--overwrite",
+        "-m",
+        "no-such-model",
+    ]
+    done = CliRunner().invoke(app, ["batch", *arguments])
+    assert isinstance(done.exception, errors.UnknownModelError)
+    assert {name: contents(tmp_path / "o")[name] for name in before} == before
+
+
+def test_what_a_manifest_names_elsewhere_is_not_removed(tmp_path):
+    do(tmp_path / "o")
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(b"mine")
+    path = tmp_path / "o" / "manifest.jsonl"
+    record = json.loads(path.read_text("utf-8").splitlines()[0])
+    with path.open("a", encoding="utf-8") as f:
+        f.writelines(json.dumps({**record, "file_name": name}) + "\n" for name in (str(mine), "../mine.png"))
+    do(tmp_path / "o", overwrite=True)
+    assert mine.read_bytes() == b"mine"
 
 
 def test_other_lines_or_options_do_not_resume(tmp_path, whole):
@@ -364,6 +452,44 @@ def test_other_lines_or_options_do_not_resume(tmp_path, whole):
             batch.settle(other)
     more = job_of([*PROMPTS, {"prompt": "one more"}])
     assert do(tmp_path / "whole", more, resume=True).made == 1, "lines may be added at the end"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"layout": "files"}, "layout webdataset then, files now"),
+        ({"layout": "imagefolder"}, "layout webdataset then, imagefolder now"),
+        ({"shard_size": 3}, "shard_size 2 then, 3 now"),
+        ({"job": job_of(job_seed=1)}, "job_seed 0 then, 1 now"),
+    ],
+)
+def test_a_resume_with_other_options_changes_nothing(tmp_path, wrong, words):
+    target = {"layout": "webdataset", "shard_size": 2}
+    do(tmp_path / "whole", **target)
+    with pytest.raises(errors.Cancelled):
+        do(tmp_path / "parts", engine=stopping(3), **target)
+    before = contents(tmp_path / "parts")
+    with pytest.raises(errors.OutputError, match=words):
+        do(tmp_path / "parts", **{**target, **wrong}, resume=True)
+    assert contents(tmp_path / "parts") == before
+    assert do(tmp_path / "parts", **target, resume=True).before == 3
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_folder_without_pictures_keeps_its_options_too(tmp_path):
+    facts = {"fixed": {"model": "a"}, "machine": {}}
+    with open_batch(job_of(), Target(tmp_path)) as batch:
+        batch.settle(facts)
+    before = contents(tmp_path)
+    with open_batch(job_of(), Target(tmp_path, resume=True)) as batch:
+        with pytest.raises(errors.OutputError, match="model a then, b now"):
+            batch.settle({**facts, "fixed": {"model": "b"}})
+        assert contents(tmp_path) == before
+        assert batch.settle({**facts, "machine": {"threads": 2}}) == []
+
+
+def test_a_picture_in_a_file_of_its_own_is_in_no_shard(tmp_path):
+    assert not make_store("webdataset", tmp_path).intact(Entry("a.png", "", 1))
 
 
 def test_one_batch_at_a_time_in_a_folder(tmp_path):
@@ -540,6 +666,47 @@ def test_a_lost_process_is_replaced(tmp_path, dev_folder):
         assert [p.line for p, _ in made] == [2] and pool.lost == 1
 
 
+def test_a_message_that_ends_early_is_none():
+    sent = frames.pack({"a": 1}, b"picture")
+    assert frames.read(io.BytesIO(sent)) == ({"a": 1}, b"picture")
+    assert [frames.read(io.BytesIO(sent[:size])) for size in range(len(sent))] == [None] * len(sent)
+
+
+def saying(*answers):
+    """A process that has said this and ended."""
+    process = engines.Process({"device": "cpu"})
+    said = b"".join(frames.pack(*answer) for answer in answers)
+    process._process = SimpleNamespace(stdin=io.BytesIO(), stdout=io.BytesIO(said))
+    return process
+
+
+def test_what_ends_a_process_is_told_from_its_death():
+    group = list(job_of([{"prompt": "a", "num_images": 3}]).pictures())
+    facts = {
+        "size": (16, 16),
+        "nsfw": False,
+        "content_type": "",
+        "file_name": "",
+        "settings": {},
+        "prompt": "a",
+        "seed": 0,
+    }
+    picture, end = (facts, b"picture"), (failure(errors.SafetyUnavailableError("no classifier")),)
+    for before in ([], [picture]):
+        with pytest.raises(errors.SafetyUnavailableError, match="no classifier"):
+            saying(*before, end).make(group)
+    with pytest.raises(errors.SafetyUnavailableError, match="no classifier"):
+        saying(end).batch(group[0].request)
+    own = ({**failure(errors.OutOfMemoryError("too large")), "ends": False},)
+    assert [type(made) for made in saying(own, picture, own).make(group)] == [
+        errors.OutOfMemoryError,
+        Result,
+        errors.OutOfMemoryError,
+    ]
+    with pytest.raises(ConnectionError):
+        saying(picture, picture).make(group)
+
+
 def test_mistakes(tmp_path, dev_folder):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a boat\n", "utf-8")
@@ -593,6 +760,24 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, dev_folder):
     text = CliRunner().invoke(app, arguments).stdout
     assert "6 pictures of 2 lines" in text and "predicted" in text and "placement" in text
     assert not (tmp_path / "o").exists()
+
+
+def test_a_forecast_counts_references_and_expansion(tmp_path, tiny):
+    for name, size in (("a.jpg", (200, 300)), ("b.jpg", (205, 310))):
+        Image.new("RGB", size).save(tmp_path / name)
+    a, b = (str(tmp_path / name) for name in ("a.jpg", "b.jpg"))
+    job = job_of([{"prompt": "a", "images": names} for names in ([], [a], [b], [b])])
+    told = forecast(job, "tiny", settings_of({}), None)
+    alone, edited, *_ = (tiny._plan_for(p.request, images.references(p.request.images)).work for p in job.pictures())
+    assert {s.plan.work: s.count for s in told.shares} == {alone: 1, edited: 3}, "both pictures are of about one size"
+
+    def on_a_card(**fields):
+        return forecast(job_of([{"prompt": "a", "num_images": 2, **fields}]), "klein-4b", settings_of({}), "h200")
+
+    plain, expanded = on_a_card(), on_a_card(enable_prompt_expansion=True)
+    far = on_a_card(images=["https://a.example/b.png"])
+    assert (plain.prompts, expanded.prompts) == (1, 2)
+    assert expanded.seconds > 2 * expanded.shares[0].plan.expand_seconds > 0 and far.seconds > plain.seconds
 
 
 def test_a_million_pictures_are_sized_without_making_them_up(tmp_path):
@@ -656,6 +841,60 @@ class Failing:
         pass
 
 
+class Artist(Failing):
+    """A worker that draws."""
+
+    made = 0
+
+    def batch(self, request):
+        return 2
+
+    def make(self, group):
+        self.made += len(group)
+        return [draw(picture.request) for picture in group]
+
+
+class Mortal(Artist):
+    """A worker that dies when it is asked anything, and may not be able to start again."""
+
+    def __init__(self, lives):
+        super().__init__()
+        self.lives = lives
+
+    def start(self):
+        self.lives -= 1
+        if self.lives < 0:
+            raise errors.ModelError("the card is gone")
+
+    def batch(self, request):
+        raise ConnectionError
+
+    make = batch
+
+
+def test_a_worker_that_cannot_start_again_is_left_out():
+    pictures = list(job_of([{"prompt": "a", "num_images": 4}] * 4).pictures())
+    with engines.Pool([Mortal(1), Artist(), Mortal(1)]) as pool:
+        made = list(pool([picture] for picture in pictures))
+        assert pool.lost == 2 and pool.left == 1
+    assert [p for p, _ in made] == pictures and all(isinstance(result, Result) for _, result in made)
+    for number in (1, 3):
+        with (
+            engines.Pool([Mortal(1) for _ in range(number)]) as pool,
+            pytest.raises(errors.ModelError, match="the card is gone"),
+        ):
+            list(pool([picture] for picture in pictures))
+
+
+def test_a_worker_that_dies_again_and_again():
+    (picture,) = job_of([{"prompt": "a"}]).pictures()
+    with engines.Pool([Mortal(9)]) as pool:
+        ((_, result),) = pool([[picture]])
+        assert "died 3 times" in str(result) and pool.lost == engines.TRIES
+        with pytest.raises(errors.Flux2Error, match="died 3 times"):
+            pool.batch(picture.request)
+
+
 def test_workers_must_draw_the_same():
     with (
         pytest.raises(errors.PlanError, match="model (a and b|b and a)"),
@@ -671,16 +910,6 @@ def test_workers_must_draw_the_same():
 
 def test_a_pool_begins_with_the_first_worker_that_is_ready(tmp_path):
     ready = threading.Event()
-
-    class Artist(Failing):
-        made = 0
-
-        def batch(self, request):
-            return 2
-
-        def make(self, group):
-            self.made += len(group)
-            return [draw(picture.request) for picture in group]
 
     class Late(Artist):
         def start(self):

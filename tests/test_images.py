@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -32,6 +33,33 @@ def test_settings_survive_every_format(tmp_path, form):
     path.write_bytes(images.encode(picture(), form, SETTINGS))
     assert images.read_settings(path) == SETTINGS
     assert Image.open(path).format.lower() == form
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("prompt", "猫" * 50_000, "猫" * 12_500),
+        ("images", ["https://host/" + "a" * 40_000] * 2, ["https://host/" + "a" * 19_993] * 2),
+    ],
+)
+def test_settings_too_long_for_a_jpeg_are_cut_and_the_picture_is_kept(tmp_path, key, value, kept):
+    path, settings = tmp_path / "x", {**SETTINGS, key: value}
+    for form, want in (("jpeg", {**settings, key: kept}), ("webp", settings), ("png", settings)):
+        path.write_bytes(images.encode(picture(), form, settings))
+        assert images.read_settings(path) == want
+
+
+def test_a_prompt_of_twenty_thousand_characters_is_whole_in_a_jpeg(tmp_path):
+    settings = {"prompt": "猫" * 20_000, "lora": [["caf\udce9.safetensors", 1.0]]}  # a file name that is no UTF-8
+    (tmp_path / "x.jpg").write_bytes(images.encode(picture(), "jpeg", settings))
+    assert images.read_settings(tmp_path / "x.jpg") == settings
+
+
+def test_settings_of_files_from_before_utf8_are_read(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0flux2-local:" + json.dumps(SETTINGS).encode("ascii")
+    picture().save(tmp_path / "x.jpg", exif=exif)
+    assert images.read_settings(tmp_path / "x.jpg") == SETTINGS
 
 
 def test_png_is_lossless():
@@ -101,13 +129,33 @@ def test_a_reference_over_http(tmp_path):
         ("data:image/png;base64,!!", "base64 is broken"),
         ("data:nothing", "comma"),
         ("data:image/png;base64,aGVsbG8=", "not a picture"),
+        ("https://host/my cat.png", "' ' is written %20"),
+        ("https://host/ü.png", "'ü' is written %C3%BC"),
+        ("http://[x/a.png", "Invalid IPv6 URL. Write it like https"),
+        ("file://[x/a.png", "Invalid IPv6 URL"),
+        ("http://host:port/a.png", "Port could not be"),
+        ("https:///a.png", "names no host"),
+        ("~nobody-of-that-name/x.png", "cannot be read"),
         (b"bytes", "bytes was given"),
         (7, "int was given"),
     ],
 )
 def test_bad_references_are_refused(source, words):
-    with pytest.raises(RequestError, match=words):
-        images.references((source,))
+    for check in (images.references, images.check_references):
+        with pytest.raises(RequestError, match=words):
+            check((source,))
+
+
+def test_checking_references_fetches_nothing():
+    images.check_references((picture(), "https://nowhere.invalid/a.png?b=c%20d", "HTTP://nowhere.invalid:80/"))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_scaled(mode):
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "=i4"}[mode]
+    (got,) = images.references((Image.frombytes(mode, (64, 64), values.astype(kind).tobytes()),))
+    assert np.array_equal(np.asarray(got), np.repeat((values / 257).round().astype("uint8")[..., None], 3, 2))
 
 
 def test_transparency_becomes_white():
@@ -188,6 +236,17 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"):
         files.write(tmp_path / "x.png", b"x" * 1000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_gets_the_permissions_that_the_umask_leaves_and_the_umask_stays(tmp_path, monkeypatch):
+    umask = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("other threads would write with it"))
+    try:
+        mode = files.write(tmp_path / "x.png", b"x").stat().st_mode & 0o777
+    finally:
+        monkeypatch.undo()
+        os.umask(umask)
+    assert mode == 0o640 or os.name == "nt"
 
 
 def test_crop_takes_the_middle():

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from simulated import SimulatedLink
 
 from flux2_local import Flux2, costs, footprint, load, many, sampler
 from flux2_local.candidates import LAYOUTS, Draft, Need, Terms
 from flux2_local.costs import Work
 from flux2_local.explore import family_architecture
 from flux2_local.hardware import from_preset
-from flux2_local.offload.simulated import SimulatedLink
 from flux2_local.offload.streamed import Streamed
 from flux2_local.plan import Wishes, built, make_plan
 from flux2_local.presets import CachePolicy, devices, models, tiers

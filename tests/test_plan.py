@@ -293,13 +293,22 @@ def test_survey_lists_every_model_with_its_state():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("12GiB", 12 * 2**30), ("24 GB", 24 * 10**9), ("800mb", 8 * 10**8), (7, 7), ("1.5GiB", 3 * 2**29)],
+    [
+        ("12GiB", 12 * 2**30),
+        ("24 GB", 24 * 10**9),
+        ("800mb", 8 * 10**8),
+        (7, 7),
+        (12e9, 12 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+    ],
 )
 def test_amounts_of_memory(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-3GB", "1.2.3GB", "0GiB", "0.1B", 0, -7])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "12 apples", "-3GB", "1.2.3GB", "0GiB", "0.1B", 0, -7, 0.2, float("inf"), float("nan")]
+)
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(ValueError, match="12GiB"):
         parse_bytes(text)

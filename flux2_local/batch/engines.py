@@ -75,7 +75,7 @@ class ThisProcess:
 
     def __call__(self, groups: Iterator[list[Picture]]) -> Iterator[Made]:
         kept, read = tee(groups)
-        given = ([many.checked(self.flux, fields_of(p), self.report) for p in group] for group in read)
+        given = ([many.checked(self.flux, p.request.given(), self.report) for p in group] for group in read)
         return zip(chain.from_iterable(kept), many.results(self.flux, given), strict=True)
 
 
@@ -85,11 +85,6 @@ def batch_of(flux: Flux2, request: Request) -> int:
         return many.gathered(flux._plan_for(request, []))
     except PlanError:
         return 1
-
-
-def fields_of(picture: Picture) -> dict[str, Any]:
-    """What its request says and does not leave to the default."""
-    return {name: getattr(picture.request, name) for name in picture.request.model_fields_set}
 
 
 class Worker(Protocol):
@@ -113,6 +108,7 @@ class Worker(Protocol):
 
         Raises:
             ConnectionError: it died.
+            Flux2Error: what no picture could be made under.
         """
 
     def make(self, group: list[Picture]) -> list[Result | Flux2Error]:
@@ -153,8 +149,6 @@ class Process:
         except ConnectionError:
             name = self.loading["device"]
             raise Flux2Error(f"The process for {name} ended while it loaded the model.") from None
-        if "error" in told:
-            raise rebuilt(told)
         self.facts = told
 
     def ask(self, message: frames.Message, answers: int = 1) -> list[Answer]:
@@ -162,16 +156,25 @@ class Process:
 
         Raises:
             ConnectionError: the process has ended.
+            Flux2Error: what it ends with.
         """
+        found: list[Answer] = []
+        answer: Answer | None = None
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
             frames.write(self._process.stdin, message)  # type: ignore[arg-type]
-            found = [frames.read(self._process.stdout) for _ in range(answers)]  # type: ignore[arg-type]
+            while len(found) < answers:
+                answer = frames.read(self._process.stdout)  # type: ignore[arg-type]
+                if answer is None or answer[0].get("ends"):
+                    break
+                found.append(answer)
         except (OSError, ValueError) as error:
             raise ConnectionError from error
-        if None in found:
+        if answer is None:
             raise ConnectionError
-        return found  # type: ignore[return-value]
+        if answer[0].get("ends"):
+            raise rebuilt(answer[0])
+        return found
 
     def batch(self, request: Request) -> int:
         told: int = self.ask({"batch": request.model_dump(mode="json")})[0][0]["batch"]
@@ -196,7 +199,7 @@ class Pool:
     """An engine of several workers, and a context manager that ends them all.
 
     Groups are handed to whichever worker is free and given back in the job's order, so that the folder does not show how
-    many there were. A worker that dies is started again and its group is made again.
+    many there were. A worker that dies is started again and its group is made again; one that cannot start takes no part any more.
 
     Args:
         workers: at least one.
@@ -205,7 +208,8 @@ class Pool:
 
     Attributes:
         facts: of the first worker that was ready; the others must agree on what is fixed.
-        lost: workers that died.
+        lost: how often a worker died.
+        left: workers that have not failed to start again.
     """
 
     def __init__(
@@ -215,7 +219,8 @@ class Pool:
         self.closing, self.lost, self.facts = False, 0, cast("Record", {})
         self.starting: list[Future[None]] = []
         self.turn = threading.Lock()
-        self.free: queue.Queue[Worker] = queue.Queue()
+        self.left, self.problem = len(workers), cast("Flux2Error | None", None)
+        self.free: queue.Queue[Worker | None] = queue.Queue()
         self.batches: dict[Hashable, int] = {}
         self.threads = ThreadPoolExecutor(len(workers))
 
@@ -265,6 +270,7 @@ class Pool:
         self.closing = True
         for worker in self.workers:
             worker.stop()
+        self.free.put(None)
         self.threads.shutdown(cancel_futures=True)
 
     def batch(self, request: Request) -> int:
@@ -272,7 +278,10 @@ class Pool:
             return 1  # it is alone in its group
         key = many.kind(request)
         if key not in self.batches:
-            self.batches[key] = self.wait(self.threads.submit(self.ask, lambda worker: worker.batch(request)))
+            try:
+                self.batches[key] = self.wait(self.threads.submit(self.ask, lambda worker: worker.batch(request)))
+            except ConnectionError:
+                raise Flux2Error(f"The worker that planned a picture died {TRIES} times.") from None
         return self.batches[key]
 
     def __call__(self, groups: Iterator[list[Picture]]) -> Iterator[Made]:
@@ -293,25 +302,40 @@ class Pool:
             return [Flux2Error(f"The worker that made it died {TRIES} times.")] * len(group)
 
     def ask(self, question: Callable[[Worker], T]) -> T:
-        """What a free worker answers; one that dies is started again and asked again.
+        """What a free worker answers; one that dies is started again, and whichever is free then is asked.
 
         Raises:
             ConnectionError: it died :data:`TRIES` times.
+            Flux2Error: as the worker, or none is left.
         """
-        worker = self.free.get()
+        for _ in range(TRIES):
+            worker, works = self.free.get(), True
+            if worker is None:  # for good, so that whoever waits sees it
+                self.free.put(None)
+                break
+            try:
+                return question(worker)
+            except ConnectionError:
+                works = self.closing or self.started_again(worker)
+            finally:
+                if works:
+                    self.free.put(worker)
+        raise self.problem or ConnectionError
+
+    def started_again(self, worker: Worker) -> bool:
+        """Whether a worker that died could be started again."""
+        self.lost += 1
+        worker.stop()
         try:
-            for _ in range(TRIES):
-                try:
-                    return question(worker)
-                except ConnectionError:
-                    if self.closing:
-                        break
-                    self.lost += 1
-                    worker.stop()
-                    worker.start()
-            raise ConnectionError
-        finally:
-            self.free.put(worker)
+            worker.start()
+        except Flux2Error as error:
+            with self.turn:
+                self.left -= 1
+                if not self.left:
+                    self.problem = error
+                    self.free.put(None)
+            return False
+        return True
 
     def wait(self, future: Future[Any]) -> Any:
         """A future's result, giving the caller the chance to stop.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..errors import RequestError
-from ..images import SUFFIXES
+from ..images import SUFFIXES, scheme_of
 from ..request import MAX_SEED, Request, Variant, derive_seed, make_request
 from .lines import BadLine, Line, sized
 
@@ -145,17 +145,16 @@ def make_job(lines: Iterable[Line | BadLine], sweep: Sweep) -> Job:
 
 
 def check_references(request: Request) -> None:
-    """Make sure that reference pictures on this machine are there.
+    """Make sure that reference pictures on this machine are there, and that addresses of others are some.
 
     Raises:
         RequestError: naming one that is not.
     """
     for source in request.images:
-        if isinstance(source, str) and (":" in source[:12] and urlsplit(source).scheme):
-            continue
         if not isinstance(source, (str, Path)):
             raise RequestError(f"images: a reference picture is a path or a URL; {source!r} was given.")
-        if not Path(source).expanduser().is_file():
+        # Unlike Path's, these raise for no name at all.
+        if not scheme_of(source) and not os.path.isfile(os.path.expanduser(source)):  # noqa: PTH111, PTH113
             raise RequestError(f"images: there is no picture {source}.")
 
 

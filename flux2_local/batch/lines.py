@@ -60,7 +60,7 @@ def read(source: Path, form: str | None = None) -> Iterator[Line | BadLine]:
 
 
 def parse(number: int, text: str, form: str) -> Line | BadLine:
-    """One line of JSON or plain text."""
+    """One line of JSON, where null leaves its field out, or of plain text."""
     if is_broken(text):
         return BadLine(number, "it is not UTF-8")
     if form == "text":
@@ -73,7 +73,7 @@ def parse(number: int, text: str, form: str) -> Line | BadLine:
         value = {"prompt": value}
     if not isinstance(value, dict):
         return BadLine(number, 'it must be an object such as {"prompt": "a fox", "seed": 7}, or a prompt in quotes')
-    return Line(number, sized(value))
+    return Line(number, sized({name: given for name, given in value.items() if given is not None}))
 
 
 def read_csv(text: str) -> Iterator[Line | BadLine]:

@@ -75,8 +75,9 @@ class Manifest:
         dropped: lines that were there and do not count: torn, damaged, doubled, or without their picture.
     """
 
-    def __init__(self, path: Path, intact: Callable[[Entry], bool]) -> None:
-        """Open or begin a manifest, keeping the lines whose picture is ``intact``.
+    def __init__(self, path: Path, intact: Callable[[Entry], bool], anew: bool = False) -> None:
+        """Open or begin a manifest, keeping the lines whose picture is ``intact``; with ``anew`` they are not read, and stay until
+        :meth:`clear`.
 
         Raises:
             OutputError: it cannot be read or written.
@@ -84,7 +85,7 @@ class Manifest:
         self.path = path
         self.done: dict[tuple[int, int], Entry] = {}
         self.dropped = 0
-        if path.exists():
+        if path.exists() and not anew:
             self._load(intact)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +112,28 @@ class Manifest:
 
     def _rewrite(self) -> None:
         """Write the manifest again with the first line of every picture that counts; whole or not at all."""
-        part = self.path.with_name(f".{self.path.name}.part")
         left = dict(self.done)
+        with files.replacing(self.path) as part, part.open("wb") as f:
+            for line, record in lines(self.path):
+                if record is None:
+                    continue
+                key = record["line"], record["picture"]
+                if key in left and left[key] == entry(record):
+                    del left[key]
+                    f.write(line)
+
+    def clear(self) -> None:
+        """Remove every line.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         try:
-            with part.open("wb") as f:
-                for line, record in lines(self.path):
-                    if record is None:
-                        continue
-                    key = record["line"], record["picture"]
-                    if key in left and left[key] == entry(record):
-                        del left[key]
-                        f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-            part.replace(self.path)
+            os.ftruncate(self._handle, 0)
+            os.fsync(self._handle)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise OutputError(f"{self.path} cannot be written: {files.reason(error)}.") from error
+        self.done.clear()
 
     def append(self, record: Record) -> None:
         """Add a finished picture; when this returns it lasts.
@@ -163,14 +169,9 @@ def to_parquet(manifest: Path, target: Path) -> Path:
     parquet = require_parquet()
     import pyarrow as arrow
 
-    part = target.with_name(f".{target.name}.part")
-    try:
-        table = arrow.Table.from_pylist(sorted(read(manifest), key=lambda r: (r["line"], r["picture"])))
+    table = arrow.Table.from_pylist(sorted(read(manifest), key=lambda r: (r["line"], r["picture"])))
+    with files.replacing(target) as part:
         parquet.write_table(table, part)
-        part.replace(target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{target} cannot be written: {files.reason(error)}.") from error
     return target
 
 

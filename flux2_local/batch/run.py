@@ -17,7 +17,7 @@ from ..errors import Flux2Error, OutputError
 from ..many import grouped
 from .job import Job, Picture
 from .manifest import Manifest, Record
-from .stores import Store, TakenError, clear, make_store
+from .stores import Store, TakenError, clear, discard, make_store, manifest_of
 
 if TYPE_CHECKING:
     from ..request import Request
@@ -104,7 +104,8 @@ class Batch:
         return self.job.count - self.before - self.made - len(self.failures)
 
     def settle(self, facts: Record) -> list[str]:
-        """Compare what makes the pictures with what made those that are there.
+        """Compare what makes the pictures with what made those that are there; where these are to be written over, remove them.
+        To be called once the model is loaded, before :meth:`work`.
 
         Args:
             facts: ``fixed``, which pictures of one batch must share, and ``machine``, which may move their last bits.
@@ -113,28 +114,30 @@ class Batch:
             Notes on what differs without being wrong.
 
         Raises:
-            OutputError: something fixed differs.
+            OutputError: something fixed differs, or what is there cannot be removed.
         """
-        path = self.target.folder / FACTS
-        sweep = {"job_seed": self.job.sweep.job_seed, "layout": self.target.layout}
-        if self.target.layout == "webdataset":
-            sweep["shard_size"] = self.target.shard_size
-        facts = {"fixed": {**facts["fixed"], **sweep}, "machine": facts["machine"]}
-        try:
-            known = json.loads(path.read_bytes()) if self.before else None
-        except (OSError, ValueError):
-            known = None
-        if known is None:
-            files.write(path, json.dumps(facts, indent=1).encode() + b"\n")
-            return []
-        if wrong := differences(known.get("fixed", {}), facts["fixed"]):
-            raise OutputError(
-                f"{self.target.folder} was begun with other options: {wrong}. Use the same ones, or another folder with -o."
-            )
-        moved = differences(known.get("machine", {}), facts["machine"])
-        return (
-            [f"The folder was begun on another machine or setup, which can move last bits: {moved}."] if moved else []
-        )
+        folder, known = self.target.folder, read_facts(self.target.folder)
+        facts = {"fixed": {**facts["fixed"], **options(self.job, self.target)}, "machine": facts["machine"]}
+        if self.target.overwrite:
+            self.begin_anew(known)
+        elif known is not None:
+            check_fixed(folder, known["fixed"], facts["fixed"])
+            if self.before:
+                moved = differences(known["machine"], facts["machine"])
+                note = f"The folder was begun on another machine or setup, which can move last bits: {moved}."
+                return [note] if moved else []
+        files.write(folder / FACTS, json.dumps(facts, indent=1).encode() + b"\n")
+        return []
+
+    def begin_anew(self, known: Record | None) -> None:
+        """Remove the batch that is there: the pictures that its manifest names, then its manifest, in whatever layout it was."""
+        fixed = known["fixed"] if known else {}
+        old = manifest_of(fixed.get("layout", self.target.layout), self.target.folder)
+        discard(old)
+        if old != self.manifest.path:
+            old.unlink(missing_ok=True)
+        self.manifest.clear()
+        self.store.begin(())
 
     def work(self, engine: Engine, tell: Callable[[Batch], Any] = lambda batch: None) -> None:
         """Make and store every picture that is not there yet.
@@ -181,21 +184,23 @@ def open_batch(job: Job, target: Target) -> Iterator[Batch]:
 
     Raises:
         OutputError: it holds pictures and neither resuming nor overwriting was asked for; it is at work already; it was
-            made from other lines; it cannot be written.
+            made from other lines or with other options; files of others are in the way; it cannot be written.
         RequestError: no such layout.
     """
     store = make_store(target.layout, target.folder, target.shard_size, target.overwrite)
     files.check_folder(target.folder, 2**20)
     with ExitStack() as stack:
         stack.enter_context(lock(target.folder))
+        check_options(job, target)
         for folder in {target.folder, store.manifest.parent}:
             clear(folder)
         check_free(job, target, store)
-        if target.overwrite:
-            store.manifest.unlink(missing_ok=True)
-        manifest = stack.enter_context(Manifest(store.manifest, store.intact))
+        manifest = stack.enter_context(Manifest(store.manifest, store.intact, anew=target.overwrite))
         check_same(job, manifest)
-        store.begin(manifest.done.values())
+        if target.resume:
+            check_left(job, store, manifest)
+        if not target.overwrite:
+            store.begin(manifest.done.values())
         batch = Batch(job, target, store, manifest, count_done(job, manifest))
         try:
             yield batch
@@ -252,6 +257,17 @@ def check_free(job: Job, target: Target, store: Store) -> None:
         raise OutputError(f"{path} exists and would be written over. Name another folder with -o, or say --overwrite.")
 
 
+def check_options(job: Job, target: Target) -> None:
+    """Make sure that what is gone on with was begun with these options, before its manifest is read by them.
+
+    Raises:
+        OutputError: it was not.
+    """
+    if target.resume and (known := read_facts(target.folder)) is not None:
+        now = options(job, target)
+        check_fixed(target.folder, {name: value for name, value in known["fixed"].items() if name in now}, now)
+
+
 def check_same(job: Job, manifest: Manifest) -> None:
     """Make sure that what is there was made from these lines.
 
@@ -269,9 +285,47 @@ def check_same(job: Job, manifest: Manifest) -> None:
             )
 
 
+def check_left(job: Job, store: Store, manifest: Manifest) -> None:
+    """Make sure that pictures not finished yet have their places, before any is generated.
+
+    Raises:
+        OutputError: naming a file in the way that cannot be theirs.
+    """
+    left = (p for p in job.pictures() if (p.line, p.number) not in manifest.done)
+    if (path := store.clash(left, resumed=True)) is not None:
+        raise OutputError(f"{path} is there already and is not this batch's. Move it, then resume.")
+
+
 def count_done(job: Job, manifest: Manifest) -> int:
     """How many of the job's pictures are finished."""
     return sum((p.line, p.number) in manifest.done for p in job.pictures()) if manifest.done else 0
+
+
+def options(job: Job, target: Target) -> Record:
+    """What pictures of one batch share beside what makes them."""
+    size = {"shard_size": target.shard_size} if target.layout == "webdataset" else {}
+    return {"job_seed": job.sweep.job_seed, "layout": target.layout, **size}
+
+
+def read_facts(folder: Path) -> Record | None:
+    """What made the pictures that are there, where that can be read."""
+    try:
+        known = json.loads((folder / FACTS).read_bytes())
+        return {name: dict(known[name]) for name in ("fixed", "machine")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def check_fixed(folder: Path, before: Record, now: Record) -> None:
+    """Make sure that a folder is gone on with as it was begun.
+
+    Raises:
+        OutputError: naming what differs.
+    """
+    if wrong := differences(before, now):
+        raise OutputError(
+            f"{folder} was begun with other options: {wrong}. Use the same ones, or another folder with -o."
+        )
 
 
 def differences(before: Record, now: Record) -> str:

@@ -9,11 +9,11 @@ import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .. import files
 from ..errors import OutputError, RequestError
-from .manifest import Entry, Record, write_all
+from .manifest import Entry, Record, read, write_all
 
 if TYPE_CHECKING:
     from ..result import ImageFile
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEFT_BEHIND = re.compile(
     r"^\.(\d{6,}-\d{3,}-.+|(manifest|metadata)\.jsonl|manifest\.parquet|batch\.json)(\.[^.]+)?\.part$"
 )
-"""Temporary files of a batch, as :func:`flux2_local.files.write` and :mod:`.manifest` name them."""
+"""Temporary files of a batch, as :func:`flux2_local.files.replacing` names them."""
 
 
 class TakenError(Exception):
@@ -41,8 +41,9 @@ class Store(Protocol):
     def intact(self, entry: Entry) -> bool:
         """Whether the picture that a manifest line promises is there in full."""
 
-    def clash(self, pictures: Iterable[Picture]) -> Path | None:
-        """A file that is there and that one of ``pictures`` would be written to."""
+    def clash(self, pictures: Iterable[Picture], resumed: bool = False) -> Path | None:
+        """A file that is there and that one of ``pictures`` would be written to; with ``resumed``, one that an interrupted run of
+        theirs cannot have left."""
 
     def begin(self, done: Iterable[Entry]) -> None:
         """Remove what an interrupted run left half-done."""
@@ -62,9 +63,8 @@ class Store(Protocol):
 class Folder:
     """A file per picture, with the manifest beside them."""
 
-    def __init__(self, folder: Path, manifest: str, overwrite: bool) -> None:
-        self.folder, self.overwrite = folder, overwrite
-        self.manifest = folder / manifest
+    def __init__(self, manifest: Path, overwrite: bool) -> None:
+        self.folder, self.manifest, self.overwrite = manifest.parent, manifest, overwrite
 
     def intact(self, entry: Entry) -> bool:
         try:
@@ -72,9 +72,10 @@ class Folder:
         except OSError:
             return False
 
-    def clash(self, pictures: Iterable[Picture]) -> Path | None:
+    def clash(self, pictures: Iterable[Picture], resumed: bool = False) -> Path | None:
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return next((self.folder / p.file_name for p in pictures if p.file_name in there), None) if there else None
+        taken = ((self.folder / p.file_name, p) for p in pictures if p.file_name in there) if there else ()
+        return next((path for path, p in taken if not (resumed and may_be_ours(path, p))), None)
 
     def begin(self, done: Iterable[Entry]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,16 @@ def is_ours(path: Path, image: ImageFile) -> bool:
         return False
 
 
+def may_be_ours(path: Path, picture: Picture) -> bool:
+    """Whether ``path`` can be what :func:`is_ours` will call this picture's once that is made."""
+    from ..images import read_settings
+
+    try:
+        return read_settings(path).get("seed") == picture.request.seed
+    except (OSError, RequestError):
+        return False
+
+
 class Shards:
     """WebDataset: plain tar files, per picture two members of one name, the picture and its record.
 
@@ -113,17 +124,17 @@ class Shards:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
-        self.manifest = folder / "manifest.jsonl"
+        self.manifest = manifest_of("webdataset", folder)
         self.ends: dict[str, int] = {}
 
     def intact(self, entry: Entry) -> bool:
         try:
-            return (self.folder / entry.shard).stat().st_size >= entry.end
+            return bool(entry.shard) and (self.folder / entry.shard).stat().st_size >= entry.end
         except OSError:
             return False
 
-    def clash(self, pictures: Iterable[Picture]) -> Path | None:
-        return next(self.folder.glob("shard-*.tar"), None)
+    def clash(self, pictures: Iterable[Picture], resumed: bool = False) -> Path | None:
+        return None if resumed else next(self.folder.glob("shard-*.tar"), None)
 
     def begin(self, done: Iterable[Entry]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +207,9 @@ def make_store(layout: str, folder: Path, shard_size: int = 1000, overwrite: boo
         raise RequestError(f"--layout must be one of {', '.join(LAYOUTS)}; {layout!r} was given.")
     if shard_size < 1:
         raise RequestError(f"--shard-size must be at least 1; {shard_size} was given.")
-    if layout == "files":
-        return Folder(folder, "manifest.jsonl", overwrite)
-    if layout == "imagefolder":
-        return Folder(folder / "train", "metadata.jsonl", overwrite)
-    return Shards(folder, shard_size)
+    if layout == "webdataset":
+        return Shards(folder, shard_size)
+    return Folder(manifest_of(layout, folder), overwrite)
 
 
 def clear(folder: Path) -> None:
@@ -208,6 +217,33 @@ def clear(folder: Path) -> None:
     for path in folder.glob(".*.part"):
         if LEFT_BEHIND.match(path.name):
             path.unlink(missing_ok=True)
+
+
+def manifest_of(layout: str, folder: Path) -> Path:
+    """Where a batch of this layout keeps its manifest."""
+    return folder / "train" / "metadata.jsonl" if layout == "imagefolder" else folder / "manifest.jsonl"
+
+
+def discard(manifest: Path) -> None:
+    """Remove the files that a manifest names, if there is one.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    if not manifest.is_file():
+        return
+    for record in read(manifest):
+        path = holder(manifest, record)
+        try:
+            if path.parent == manifest.parent:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be removed: {files.reason(error)}.") from error
+
+
+def holder(manifest: Path, record: Record) -> Path:
+    """The file that holds a finished picture: its own, or a shard."""
+    return manifest.parent / str(record.get("shard", record["file_name"]))
 
 
 def find_manifest(folder: Path) -> Path:
@@ -222,13 +258,13 @@ def find_manifest(folder: Path) -> Path:
     raise OutputError(f"{folder} holds no manifest.jsonl; name a folder that `flux2-local batch` wrote.")
 
 
-def load_picture(manifest: Path, record: dict[str, Any]) -> io.BytesIO:
+def load_picture(manifest: Path, record: Record) -> io.BytesIO:
     """The bytes of a finished picture, from its file or its shard.
 
     Raises:
         OutputError: it is not there.
     """
-    path = manifest.parent / record.get("shard", record["file_name"])
+    path = holder(manifest, record)
     try:
         with path.open("rb") as f:
             f.seek(record.get("offset", 0))

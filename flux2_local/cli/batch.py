@@ -67,7 +67,10 @@ def batch(
         bool, typer.Option("--resume", help="Go on with what is in the folder; the same command otherwise.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew and write over what is in the folder.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Begin anew: the pictures of the batch that is there go once the model is loaded."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check the lines and predict pictures, time and disk.")
@@ -279,9 +282,10 @@ def run(job: Job, target: Target, choice: EngineChoice, parquet: bool, as_json: 
                 try:
                     work.work(engine, meter)
                 except (Cancelled, KeyboardInterrupt) as end:
+                    instead = " in place of --overwrite" if target.overwrite else ""
                     raise Cancelled(
                         f"Stopped: {work.before + work.made} of {job.count} pictures are finished and kept in "
-                        f"{target.folder}. The same command with --resume goes on."
+                        f"{target.folder}. The same command with --resume{instead} goes on."
                     ) from end
                 finally:
                     if meter.show and meter.live:

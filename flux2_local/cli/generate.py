@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 import typer
 
@@ -75,10 +76,6 @@ def generate(
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from ..images import FORMATS
-
-    if form is not None and output is not None and FORMATS.get(output.suffix.lower(), form) != form:
-        raise RequestError(f"--format {form} and the ending of {output} say different things; leave one of them out.")
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     given = {
@@ -88,9 +85,10 @@ def generate(
         "num_inference_steps": steps,
         "image_size": options.parse_size(size),
         "num_images": number,
+        "acceleration": acceleration,
         "enable_prompt_expansion": expand,
         "enable_safety_checker": safety_checker,
-        "output_format": form,
+        "output_format": format_for(output, form),
         "images": tuple(image) if image else None,
     }
     loading = {
@@ -122,45 +120,66 @@ def edit(**given: Any) -> None:
     generate(**given)
 
 
+def names_file(output: Path | None) -> TypeGuard[Path]:
+    """Whether ``output`` is a file to write, rather than a folder to write into."""
+    return output is not None and bool(output.suffix) and not output.is_dir()
+
+
+def format_for(output: Path | None, form: str | None) -> str | None:
+    """The format to write: ``form``, else what the output's ending says, if it has one.
+
+    Raises:
+        RequestError: they say different things.
+    """
+    from ..images import format_of
+
+    if not names_file(output):
+        return form
+    ending = format_of(output, "png")
+    if form not in (None, ending):
+        raise RequestError(f"--format {form} and the ending of {output} say different things; leave one of them out.")
+    return ending
+
+
 def from_picture(path: Path, given: dict[str, Any], loading: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields and loading arguments that repeat the picture at ``path``; what is given besides wins."""
-    from ..images import read_settings
+    from ..images import check_references, read_settings
     from ..request import STANDARD_ONLY, Request
 
     kept = read_settings(path)
-    if (
-        any(not Path(str(s)).exists() and not str(s).startswith("http") for s in kept.get("images", ()))
-        and not given["images"]
-    ):
+    try:
+        check_references(() if given["images"] else tuple(kept.get("images", ())))
+    except RequestError as error:
         raise RequestError(
-            f"{path} was made with reference pictures that are not here any more; name them with --image."
-        )
-    fields = {k: v for k, v in kept.items() if k in Request.model_fields and k != "acceleration"}
-    standard = (loading["variant"] or kept.get("variant")) == "standard"
-    if standard and "steps" in kept:
-        fields["num_inference_steps"] = kept["steps"]
-    if not standard:
-        fields = {k: v for k, v in fields.items() if k not in STANDARD_ONLY}
-    fields |= {k: v for k, v in given.items() if v is not None}
-    same = {k: kept.get(k) for k in ("model", "variant", "acceleration", "dtype", "attention", "quantize")}
+            f"{path} was made with reference pictures that are not here any more; name them with --image. {error}"
+        ) from error
+    fields = {k: v for k, v in kept.items() if k in Request.model_fields and k not in STANDARD_ONLY}
+    if "expanded_prompt" in kept and given["prompt"] is None and not given["enable_prompt_expansion"]:
+        fields |= {"prompt": kept["expanded_prompt"], "enable_prompt_expansion": False}
+    same = {k: kept.get(k) for k in ("variant", "dtype", "attention", "quantize")}
     same["lora"] = [(name, strength) for name, strength in kept.get("lora", [])] or None
+    if loading["model"] is None:
+        same |= {"model": kept.get("model"), "base": kept.get("base")}
+    if loading["variant"] in (None, kept.get("variant")):  # another one has its own
+        same["acceleration"] = kept.get("acceleration")
+        if kept.get("variant") == "standard":
+            fields["num_inference_steps"] = kept.get("steps")
+    fields |= {k: v for k, v in given.items() if v is not None}
     return fields, {**same, **{k: v for k, v in loading.items() if v is not None}}
 
 
 def run(fields: dict[str, Any], loading: dict[str, Any], output: Path | None, as_json: bool, quiet: bool) -> None:
     """Check, load, generate, write, report."""
-    from ..images import format_of, references
+    from ..files import home
+    from ..images import check_references
     from ..request import make_request
 
+    output = home(output) if output is not None else None
     loading.setdefault("variant", "standard")
-    if loading["variant"] != "standard" and "acceleration" in loading:
-        make_request(loading["variant"], {**fields, "acceleration": loading["acceleration"]})
-    if output is not None and output.suffix and not output.is_dir():
-        fields.setdefault("output_format", format_of(output, "png"))
     if loading["variant"] in ("standard", "turbo", "flash"):
         request = make_request(loading["variant"], fields)
         check_target(output, request.num_images, request.size)
-        references(tuple(image for image in request.images if not image.startswith(("http:", "https:"))))
+        check_references(request.images)
 
     from ..pipeline import Flux2
     from .progress import Display
@@ -170,8 +189,7 @@ def run(fields: dict[str, Any], loading: dict[str, Any], output: Path | None, as
         flux = Flux2.load(**loading)
         display.say_model(flux)
         result = flux.generate(progress=display, **fields)
-    paths = write(result, output)
-    report(flux, result, paths, as_json, quiet)
+    report(flux, write(result, output), as_json, quiet)
 
 
 def check_target(output: Path | None, count: int, size: tuple[int, int]) -> None:
@@ -179,33 +197,31 @@ def check_target(output: Path | None, count: int, size: tuple[int, int]) -> None
     from ..files import check_folder
 
     target = output or DEFAULT_FOLDER
-    folder = target.parent if target.suffix and not target.is_dir() else target
+    folder = target.parent if names_file(target) else target
     check_folder(folder, count * size[0] * size[1] * 3 + 2**20)
 
 
-def write(result: Result, output: Path | None) -> list[Path]:
+def write(result: Result, output: Path | None) -> Result:
     """Write every picture; with a file's name and several pictures, the second is name-2, and so on."""
-    if output is None or not output.suffix or output.is_dir():
-        kept = result.kept(output or DEFAULT_FOLDER)
-        return [image.path for image in kept.images if image.path is not None]
+    if not names_file(output):
+        return result.kept(output or DEFAULT_FOLDER)
     names = [output if i == 0 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(result.images))]
-    return [image.save(name) for image, name in zip(result.images, names, strict=True)]
+    written = (
+        replace(image, path=image.save(name), file_name=name.name)
+        for image, name in zip(result.images, names, strict=True)
+    )
+    return replace(result, images=tuple(written))
 
 
-def report(flux: Flux2, result: Result, paths: list[Path], as_json: bool, quiet: bool) -> None:
+def report(flux: Flux2, result: Result, as_json: bool, quiet: bool) -> None:
+    """Say what was written where."""
     if as_json:
-        answer = result.to_dict()
-        for image, path in zip(answer["images"], paths, strict=True):
-            image["url"], image["file_name"] = path.resolve().as_uri(), path.name
-        print(
-            json.dumps(
-                {**answer, "model": flux.checkpoint.name, "variant": flux.settings.variant, "notes": result.notes}
-            )
-        )
+        facts = {"model": flux.checkpoint.name, "variant": flux.settings.variant, "notes": result.notes}
+        print(json.dumps({**result.to_dict(), **facts}))
         return
-    for number, path in enumerate(paths):
+    for number, image in enumerate(result.images):
         flagged = "  (flagged by the safety check, blackened)" if result.has_nsfw_concepts[number] else ""
-        print(f"{path}" if quiet else f"{path}  seed {result.seed + number}{flagged}")
+        print(f"{image.path}" if quiet else f"{image.path}  seed {result.seed + number}{flagged}")
     if quiet:
         return
     if result.prompt != flux_prompt(result):

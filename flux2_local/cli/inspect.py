@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: options.Model = None,
+    base: options.Base = None,
     variant: options.VariantOption = None,
     acceleration: options.AccelerationOption = None,
     size: options.Size = None,
@@ -50,7 +51,7 @@ def plan(
     )
     fields = {"prompt": "a plan", "image_size": options.parse_size(size), "num_inference_steps": steps}
     request = make_request(settings.variant, fields)
-    made = plan_for(model, settings, request, device, options.parse_amount("--ram", ram))
+    made = plan_for(model, settings, request, device, options.parse_amount("--ram", ram), base=base)
     print(json.dumps(made.to_dict()) if as_json else made)
 
 
@@ -90,16 +91,19 @@ def download(
 ) -> None:
     from ..download import download as fetch
     from ..download import parts_of
-    from ..errors import RequestError
+    from ..errors import Cancelled, RequestError
 
     kinds = {"model": "model", "lora": "LoRA", "safety": "safety check"}
     if only is not None and only.lower() not in kinds:
         raise RequestError(f"--only must be one of {', '.join(kinds)}; {only!r} was given.")
     parts = parts_of(name)
-    for part in parts:
-        if only is None or part.purpose == kinds[only.lower()]:
-            typer.echo(f"{part.purpose}: {part.repo}", err=True)
-            print(fetch(part))
+    try:
+        for part in parts:
+            if only is None or part.purpose == kinds[only.lower()]:
+                typer.echo(f"{part.purpose}: {part.repo}", err=True)
+                print(fetch(part))
+    except KeyboardInterrupt:
+        raise Cancelled("Stopped. What has arrived is kept; run the command again to go on.") from None
 
 
 def doctor(

@@ -145,7 +145,7 @@ def beside(left: Tensor | None, x: Tensor, activation: Callable[[Tensor, Tensor 
     return both
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def widened(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch has no kernel for attention in a type that does not write every score to memory, as for bf16 on cards before
     compute capability 8.0. Source: ``check_mem_efficient_hardware_support`` and the types beside it in

@@ -42,7 +42,9 @@ def table(sm: int) -> dict[str, Any]:
 
 def _fits(entry: Config, dims: Mapping[str, int]) -> bool:
     equal, at_most = entry.get("equal", {}), entry.get("at_most", {})
-    return all(dims.get(k) == v for k, v in equal.items()) and all(k in dims and dims[k] <= v for k, v in at_most.items())
+    return all(dims.get(k) == v for k, v in equal.items()) and all(
+        k in dims and dims[k] <= v for k, v in at_most.items()
+    )
 
 
 @functools.lru_cache(maxsize=4096)
