@@ -20,7 +20,6 @@ import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,11 +78,9 @@ DRAWINGS = 64
 
 @dataclass(frozen=True)
 class Score:
-    """What a contender reached: seconds per picture (median, loading not included), adherence in percent per attribute, and
-    how close its pictures are to those of the first contender."""
+    """What a contender reached: adherence in percent per attribute, and how close its pictures are to those of the first contender."""
 
     name: str
-    seconds: float
     adherence: dict[str, float]
     psnr: float | None = None
     ssim: float | None = None
@@ -105,15 +102,14 @@ def lone_prompts(scenes: Sequence[Scene]) -> list[str]:
 
 def generate(
     contender: Contender, words: Sequence[str], size: tuple[int, int], seeds: Sequence[int], model: str
-) -> Iterator[tuple[Image.Image, float]]:
+) -> Iterator[Image.Image]:
     flux = Flux2.load(model, contender.variant, acceleration=contender.acceleration)  # type: ignore[arg-type]
     width, height = size
     for prompt, seed in zip(words, seeds, strict=True):
-        start = time.perf_counter()
         result = flux.generate(
             prompt, seed=seed, image_size={"width": width, "height": height}, enable_safety_checker=False
         )
-        yield result.images[0].image, time.perf_counter() - start
+        yield result.images[0].image
 
 
 def autoencoder_psnr(count: int, model: str) -> float:
@@ -139,11 +135,10 @@ def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], 
     def adherence(pictures: Sequence[Image.Image]) -> dict[str, float]:
         return judge.score(reader, scenes, pictures[:count]) | judge.lone_score(reader, lone, pictures[count:])
 
-    yield Score("drawings (the ceiling)", 0.0, adherence([render(s, *size) for s in [*scenes, *lone]]))
+    yield Score("drawings (the ceiling)", adherence([render(s, *size) for s in [*scenes, *lone]]))
     first: list[np.ndarray] | None = None
     for contender in contenders:
-        made = list(generate(contender, words, size, range(len(words)), model))
-        pictures = [picture for picture, _ in made]
+        pictures = list(generate(contender, words, size, range(len(words)), model))
         arrays = [np.asarray(p) for p in pictures]
         near = far = None
         if first is None:
@@ -151,8 +146,7 @@ def measure(contenders: Sequence[Contender], count: int, size: tuple[int, int], 
         elif contender.variant == contenders[0].variant:
             near = statistics.mean(psnr(a, b) for a, b in zip(first, arrays, strict=True))
             far = statistics.mean(ssim(a, b) for a, b in zip(first, arrays, strict=True))
-        seconds = statistics.median(s for _, s in made)
-        yield Score(str(contender), seconds, adherence(pictures), near, far)
+        yield Score(str(contender), adherence(pictures), near, far)
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ def measure_sizes(sizes: Sequence[tuple[int, int]], count: int, model: str) -> I
     reader, scenes = judge.load(), judge.held_out_scenes(count)
     words = prompts(scenes)
     for size in sizes:
-        made = [picture for picture, _ in generate(EVERYDAY, words, size, range(count), model)]
+        made = list(generate(EVERYDAY, words, size, range(count), model))
         yield AtSize(*size, judge.ceiling(reader, count, *size), judge.score(reader, scenes, made))
 
 
@@ -184,14 +178,13 @@ def table(scores: Sequence[Score]) -> str:
     rows = [
         [
             score.name,
-            f"{score.seconds:.2f}" if score.seconds else "",
             f"{score.psnr:.1f}" if score.psnr is not None else "",
             f"{score.ssim:.4f}" if score.ssim is not None else "",
             *(f"{score.adherence.get(name, float('nan')):.0f}" for name in names),
         ]
         for score in scores
     ]
-    return markdown(["", "seconds", "PSNR", "SSIM", *names], rows)
+    return markdown(["", "PSNR", "SSIM", *names], rows)
 
 
 def size_table(rows: Sequence[AtSize]) -> str:
@@ -238,7 +231,7 @@ def sheet(path: Path, model: str, side: int = 256) -> None:
         draw.text((column * side + 4, 4), prompt[:half] + "\n" + prompt[half + 1 :], "black")
     for row, contender in enumerate(rows):
         made = generate(contender, PROMPTS, (512, 512), [7] * len(PROMPTS), model)
-        for column, (picture, _) in enumerate(made):
+        for column, picture in enumerate(made):
             page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, head + row * side))
         draw.text((4, head + row * side + 4), contender.variant, "white", stroke_width=1, stroke_fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
