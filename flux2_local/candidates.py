@@ -10,7 +10,7 @@ from typing import Literal
 from . import costs, footprint, quant, segments
 from .costs import PAGEABLE, WIDTH, Architecture, Work
 from .footprint import Setup, Weights
-from .hardware import Hardware, unfolds_convolutions, widens_int8_weights
+from .hardware import Hardware, unfolds_convolutions, widens_attention, widens_int8_weights
 from .homes import Home, Traveller, homes
 from .model.kernels import place_without, summed
 from .offload.streamed import READ_AHEAD, RING
@@ -234,7 +234,7 @@ class Draft:
             summed=self.form is not None and self.form.product == "int8" and summed(t.hardware, t.dtype),
             unfolding=t.hardware.kind == "cpu" and unfolds_convolutions(t.dtype),
             widening=t.hardware.kind != "cpu" or widens_int8_weights(),
-            widened=t.dtype == "bfloat16" and 0 < (t.hardware.sm or 0) < 80,
+            widened=widens_attention(t.hardware, t.dtype),
         )
 
     @property

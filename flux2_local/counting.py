@@ -115,7 +115,7 @@ class Workspaces(TorchFunctionMode):
         threads: of a CPU; 0 on a card.
         copying: whether convolutions copy their pictures so.
         unfolding: whether they write them out so, which is instead.
-        widened: whether attention is (:func:`flux2_local.model.ops.widened`).
+        widened: whether attention is (:func:`flux2_local.hardware.widens_attention`).
     """
 
     def __init__(self, threads: int, copying: bool, unfolding: bool = False, widened: bool = False) -> None:

@@ -197,7 +197,7 @@ class Setup:
         summed: whether int8 products leave int32 sums.
         unfolding: whether convolutions write their pictures out (:func:`flux2_local.hardware.unfolds_convolutions`).
         widening: whether torchao's int8 products make the weights in 32 bit (:func:`flux2_local.hardware.widens_int8_weights`).
-        widened: whether attention is computed in float32 (:func:`flux2_local.model.ops.widened`).
+        widened: whether attention is computed in float32 (:func:`flux2_local.hardware.widens_attention`).
     """
 
     arch: Architecture

@@ -309,6 +309,13 @@ def unfolds_convolutions(dtype: str) -> bool:
     return not (torch.backends.mkldnn.is_available() and supported())
 
 
+def widens_attention(hardware: Hardware, dtype: str) -> bool:
+    """Whether torch has no kernel for attention in ``dtype`` that does not write every score to memory: none for bf16 on cards before
+    compute capability 8.0. Source: ``check_mem_efficient_hardware_support`` and the types beside it in
+    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``."""
+    return dtype == "bfloat16" and 0 < (hardware.sm or 0) < 80
+
+
 def widens_int8_weights() -> bool:
     """Whether torchao's int8 products add up the weights on this CPU, which makes them in 32 bit: with VNNI and without AMX. Source:
     ``_int_scaled_matmul_cpu`` in torchao's ``kernel/intmm.py``."""

@@ -20,7 +20,7 @@ from . import lora as loras
 from .costs import Architecture
 from .errors import OutputError
 from .files import write
-from .hardware import Hardware, torch_device
+from .hardware import Hardware, torch_device, widens_attention
 from .model import kernels
 from .model.autoencoder import Autoencoder, AutoencoderConfig
 from .model.blocks import SCHEDULE
@@ -28,7 +28,7 @@ from .model.compiled import compile_blocks, mark
 from .model.language import LanguageConfig, LanguageModel, Remainder
 from .model.meta import meta
 from .model.native import NATIVE
-from .model.ops import REFERENCE, Ops
+from .model.ops import REFERENCE, Ops, widen
 from .model.transformer import Flux2Transformer, TransformerConfig
 from .offload import Hold, Later, adapt, place, release
 from .quant import convert, disk
@@ -130,6 +130,8 @@ def build(
         WeightsDamagedError: a file is unreadable or does not fit.
     """
     arch, device = architecture(checkpoint), torch_device(hardware)
+    if widens_attention(hardware, plan.dtype):
+        widen()
     new: dict[str, Any] = {}
     notes: list[str] = []
     told: list[str] = [] if before is None else before.told

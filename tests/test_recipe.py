@@ -236,7 +236,8 @@ def test_the_layout_knows_where_sun_and_moon_are(time, width, height):
         scenes(1)[0], time=time, weather="clear", backdrop="none", trees="none", things=(), sign=None
     )
     grid = (height // TOKEN, width // TOKEN)
-    kind, _, _, _, outline, scenery, _ = layout.layout([clear], grid)
+    lies = layout.layout([clear], grid)
+    kind, outline, scenery = lies.kind, lies.outline, lies.scenery
     white = np.asarray(render(clear, width, height)).min(-1) > 200
     white[int(Painter(clear, width, height).horizon / SUPERSAMPLE) - TOKEN :] = False
     disc = white.reshape(height // CELL, CELL, width // CELL, CELL).mean((1, 3)) > 0.5  # which stars are too small for

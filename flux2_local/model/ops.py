@@ -145,20 +145,20 @@ def beside(left: Tensor | None, x: Tensor, activation: Callable[[Tensor, Tensor 
     return both
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def widened(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has no kernel for attention in a type that does not write every score to memory, as for bf16 on cards before
-    compute capability 8.0. Source: ``check_mem_efficient_hardware_support`` and the types beside it in
-    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``."""
-    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) < (8, 0)
+widened = False
+"""Whether attention in bf16 is computed in float32 in this process."""
+
+
+def widen() -> None:
+    """Have it so, for a card that needs it (:func:`flux2_local.hardware.widens_attention`)."""
+    global widened
+    widened = True
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """torch's scaled dot product attention of [B, H, T, d], by a boolean ``mask`` [B, 1, T, S]; in float32 where it is
-    :func:`widened`."""
-    if widened(q.dtype, q.device):
+    """torch's scaled dot product attention of [B, H, T, d], by a boolean ``mask`` [B, 1, T, S]; bf16 in float32 where it is
+    :data:`widened`."""
+    if widened and q.dtype == torch.bfloat16 and not q.is_meta:
         found = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         return found.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
