@@ -1,6 +1,6 @@
 """How good the bundled model is, and what each variant and tier costs it.
 
-    python -m benchmarks.quality                     # 200 prompts, every variant and tier, eight sizes: 21 minutes on two CPU cores
+    python -m benchmarks.quality                     # 200 prompts, every variant and tier, eight sizes: 22 minutes on two CPU cores
     python -m benchmarks.quality --prompts 24        # a first look
     python -m benchmarks.quality --sheet docs/sheet.jpg   # the README's contact sheet, and nothing else
     python -m benchmarks.quality --card RESULT.json       # the model card's table from a result, and nothing else

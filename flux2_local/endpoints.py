@@ -63,8 +63,8 @@ def find_endpoint(application: str) -> Endpoint:
     return endpoints()[name]
 
 
-def make_call(endpoint: Endpoint, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Arguments as fal's clients send them -> validated fields of a :class:`Request`, and notes on what was left out.
+def make_call(endpoint: Endpoint, arguments: dict[str, Any]) -> tuple[Request, list[str]]:
+    """Arguments as fal's clients send them -> the request that they make, and notes on what was left out.
 
     As over HTTP at fal, unknown keys are ignored, and so are the fields that turbo and flash fix.
 
@@ -82,7 +82,7 @@ def make_call(endpoint: Endpoint, arguments: dict[str, Any]) -> tuple[dict[str, 
         fields["images"] = tuple(urls)
     elif urls:
         notes.append(f"image_urls is read by {variants()['standard'].endpoint}/edit only and was ignored")
-    return make_request(endpoint.variant, fields).model_dump(exclude_unset=True), notes
+    return make_request(endpoint.variant, fields), notes
 
 
 def make_log(message: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from .endpoints import Pipelines, find_endpoint, make_call, make_log
 from .errors import Cancelled, Flux2Error, RequestError
 from .files import check_folder
-from .request import Request, Variant, make_request
+from .request import Request, Variant
 from .server.failures import make_failure
 
 if TYPE_CHECKING:
@@ -295,8 +295,7 @@ def make_job(application: str, arguments: dict[str, Any]) -> Job:
     """
     try:
         endpoint = find_endpoint(application)
-        fields, notes = make_call(endpoint, arguments)
-        return Job(endpoint.variant, make_request(endpoint.variant, fields), notes)
+        return Job(endpoint.variant, *make_call(endpoint, arguments))
     except RequestError as error:
         raise failure_of(error) from error
 
@@ -434,14 +433,19 @@ def subscribe(
         return handle.get()
 
 
+def logs_after(state: Status, seen: int) -> list[dict[str, Any]]:
+    """What a state logs beyond the first ``seen``, as :func:`stream` gives it."""
+    return [{"log": log} for log in (getattr(state, "logs", None) or [])[seen:]]
+
+
 def stream(application: str, arguments: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
     """Progress as dicts with ``step`` logs, then the answer; left early, the request is cancelled."""
     handle, seen = submit(application, arguments), 0
     with cancelling(handle._job):
         for state in handle.iter_events(with_logs=True):
-            logs = getattr(state, "logs", None) or []
-            yield from ({"log": log} for log in logs[seen:])
-            seen = len(logs)
+            new = logs_after(state, seen)
+            yield from new
+            seen += len(new)
         yield handle.get()
 
 
@@ -496,10 +500,10 @@ async def stream_async(application: str, arguments: dict[str, Any], **_: Any) ->
     handle, seen = await submit_async(application, arguments), 0
     with cancelling(handle._job):
         async for state in handle.iter_events(with_logs=True):
-            logs = getattr(state, "logs", None) or []
-            for log in logs[seen:]:
-                yield {"log": log}
-            seen = len(logs)
+            new = logs_after(state, seen)
+            for log in new:
+                yield log
+            seen += len(new)
         yield await handle.get()
 
 

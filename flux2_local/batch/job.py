@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..files import home
 from ..images import SUFFIXES, scheme_of
 from ..request import MAX_SEED, Request, Variant, derive_seed, make_request
 from .lines import BadLine, Line, sized
@@ -153,8 +154,7 @@ def check_references(request: Request) -> None:
     for source in request.images:
         if not isinstance(source, (str, Path)):
             raise RequestError(f"images: a reference picture is a path or a URL; {source!r} was given.")
-        # Unlike Path's, these raise for no name at all.
-        if not scheme_of(source) and not os.path.isfile(os.path.expanduser(source)):  # noqa: PTH111, PTH113
+        if not scheme_of(source) and not os.path.isfile(home(source)):  # noqa: PTH113  # Path's raises for too long a name
             raise RequestError(f"images: there is no picture {source}.")
 
 

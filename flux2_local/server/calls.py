@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -15,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..endpoints import Endpoint, make_call
-from ..request import RANDOM_SEEDS
 from . import answers, events, schema
 from .addresses import file_base, own_bases, queue_urls
 from .desk import Desk
@@ -43,14 +41,15 @@ async def make_job(request: Request, endpoint: Endpoint, **facts: Any) -> Job:
     """
     desk, terms = desk_of(request), waiting_terms(request)
     arguments: dict[str, Any] = await request.json()
-    fields, notes = make_call(endpoint, arguments)
-    desk.check(fields.get("sync_mode", False))
+    asked, notes = make_call(endpoint, arguments)
+    desk.check(asked.sync_mode)
+    fields = asked.model_dump(exclude_unset=True)
     urls = list(fields.pop("images", ()))
     images = await collect(urls, desk.pictures, own_bases(request), desk.settings.private_urls) if urls else []
     shown = {**fields, "image_urls": images} if images else dict(fields)
-    fields.setdefault("seed", secrets.randbelow(RANDOM_SEEDS))
+    fields["seed"] = asked.seeded().seed
     job = Job(endpoint.name, endpoint.variant, shown, fields, images, base=file_base(request), **terms, **facts)
-    if not desk.settings.safety_checker and fields.get("enable_safety_checker", True):
+    if not desk.settings.safety_checker and asked.enable_safety_checker:
         notes.append("the safety checker is off on this server")
     for note in notes:
         job.log(note)
